@@ -1,0 +1,1 @@
+"""Many-to-many image generation with auto-regressive diffusion models: from captions to evaluated models."""

@@ -1,0 +1,115 @@
+"""The command line: `python -m m2m STAGE ...` and the tools beside the stages.
+
+Belongs here: arguments, exit codes. Not here: what a command does.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+from m2m.config import Profile, load_profile
+from m2m.errors import M2MError
+from m2m.progress import Progress, open_progress
+from m2m.stages import STAGES, Stage, commands, find_stage, run_stage
+
+EXIT_BAD_INPUT = 2
+EXIT_CALL_AGAIN = 75  # stopped by a signal after a checkpoint (EX_TEMPFAIL): the same command goes on from there
+
+# tool name -> (module with `add_arguments(parser)` and `main(args) -> int | None`, one line of help)
+TOOLS = {
+    "plan": ("m2m.plan", "what a profile will do and cost, stage by stage"),
+    "shards": ("m2m.data.shards_cli", "list, show or verify shards"),
+    "generate": ("m2m.pipelines.generate_cli", "images from images, with a trained model"),
+    "trace": ("m2m.trace", "what an output was made from, back to the captions"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the process's exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    tool = arguments[0] if arguments and arguments[0] in TOOLS else None
+    parser = _parser(tool)
+    args = parser.parse_args(arguments)
+    try:
+        if tool:
+            return importlib.import_module(TOOLS[tool][0]).main(args) or 0
+        return _run_stage_command(args)
+    except M2MError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is whole", file=sys.stderr)
+        return 130
+
+
+def _parser(tool: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m m2m", description=sys.modules["m2m"].__doc__)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command, variants in commands().items():
+        stage = next(stage for stage in STAGES.values() if stage.command == command)
+        sub = subparsers.add_parser(command, help=stage.description if not variants else f"{', '.join(variants)}")
+        add_profile_argument(sub)
+        if variants:
+            sub.add_argument("--variant", required=True, choices=variants)
+        if stage.partitioned:
+            sub.add_argument("--shards", type=parse_shards, help="for example 0-3,7; all by default")
+        sub.add_argument("--force", action="store_true", help="make it again although it is current")
+        sub.add_argument("--dry-run", action="store_true", help="check inputs, settings, models, resources; write nothing")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings other than the profile's")
+    for name, (module, text) in TOOLS.items():
+        sub = subparsers.add_parser(name, help=text)
+        if name == tool:
+            importlib.import_module(module).add_arguments(sub)
+    return parser
+
+
+def add_profile_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="PROFILE", help="a file of configs/ or its name; M2M_PROFILE or tiny else")
+
+
+def open_profile(name: str | None) -> Profile:
+    """The profile a command was given, refused where it names stages that there are not."""
+    return load_profile(name, known=commands())
+
+
+def parse_shards(text: str) -> list[int]:
+    """`0-3,7` -> [0, 1, 2, 3, 7]."""
+    found: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        try:
+            found.update(range(int(first), int(last if dash else first) + 1))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{part!r} is no shard number or range such as 0-3") from None
+    return sorted(found)
+
+
+def _run_stage_command(args: argparse.Namespace) -> int:
+    stage = find_stage(args.command, getattr(args, "variant", None))
+    profile = open_profile(args.config)
+    if args.dry_run:
+        from m2m.plan import dry_run
+
+        return _say_all(lambda: dry_run(stage, profile, args.overrides))
+    with open_progress() as progress:
+        return _run(stage, profile, args, progress)
+
+
+def _run(stage: Stage, profile: Profile, args: argparse.Namespace, progress: Progress) -> int:
+    outcome = run_stage(
+        stage,
+        profile,
+        overrides=args.overrides,
+        shards=getattr(args, "shards", None),
+        force=args.force,
+        progress=progress,
+    )
+    progress.log(outcome.note)
+    return 0
+
+
+def _say_all(lines: Callable[[], Sequence[str]]) -> int:
+    for line in lines():
+        print(line)
+    return 0

@@ -1,0 +1,50 @@
+"""Looking before leaping: what a stage, or a whole profile, would do, with nothing written.
+
+Belongs here: dry runs and the plan. Not here: what a stage's own config knows to check (`StageConfig.preview`).
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from m2m import artifacts
+from m2m.config import Profile
+from m2m.stages import STAGES, Stage, resources
+
+
+def dry_run(stage: Stage, profile: Profile, overrides: Sequence[str] = ()) -> list[str]:
+    """Check a stage's config, inputs, models (built without memory) and resources; says what was found.
+
+    Raises:
+        M2MError: something that would stop the stage.
+    """
+    _, config_class = stage.load()
+    config = profile.stage_config(config_class, stage.command, stage.variant, overrides)
+    asked = resources(stage, profile)
+    lines = [f"{stage.key}: {stage.description}"]
+    for name, key in stage.inputs.items():
+        folder = STAGES[key].folder(profile)
+        manifest = artifacts.read_manifest(folder)
+        state = "whole" if manifest and not artifacts.faults(folder, manifest) else f"made by {STAGES[key].key} first"
+        lines.append(f"  input {name}: {folder} ({state})")
+    lines += [f"  {line}" for line in config.preview(profile.root, stage.variant)]
+    lines.append(
+        f"  asks for {asked.nodes} x ({asked.gpus} {asked.gpu_type or 'GPU'}s, {asked.cpus} CPUs, "
+        f"{asked.memory_gb:g} GB), {asked.hours:g} h a launch"
+    )
+    lines.append(f"  would write {stage.folder(profile)}")
+    return lines
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from m2m.cli import add_profile_argument
+
+    add_profile_argument(parser)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Dry-run every stage of a profile."""
+    from m2m.cli import open_profile
+
+    profile = open_profile(args.config)
+    for stage in STAGES.values():
+        print("\n".join(dry_run(stage, profile)))

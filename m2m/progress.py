@@ -1,0 +1,130 @@
+"""How a running stage is heard: progress bars on a terminal, log lines elsewhere, Dagster Pipes when launched by it.
+
+Belongs here: talking. Not here: what is said; deciding anything from it. The only module that knows `dagster_pipes`.
+"""
+
+import base64
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from m2m.artifacts import Manifest, Summary, read_summary
+
+Item = TypeVar("Item")
+_LOG_EVERY_SECONDS = 10.0
+_PICTURE_LIMIT = 400_000  # bytes of one picture in an event; Dagster keeps events in its database
+
+
+class Progress:
+    """Progress for people: tqdm on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+
+    def log(self, message: str) -> None:
+        """Say one line."""
+        if not self._quiet:
+            print(message, file=sys.stderr, flush=True)
+
+    def each(
+        self, items: Iterable[Item], *, total: int | None = None, unit: str = "it", label: str = ""
+    ) -> Iterator[Item]:
+        """Yield the items, showing how far it is."""
+        if total is None and hasattr(items, "__len__"):
+            total = len(items)  # type: ignore[arg-type]
+        if self._quiet:
+            yield from items
+            return
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            yield from tqdm(items, total=total, unit=unit, desc=label or None, dynamic_ncols=True)
+            return
+        started = last = time.monotonic()
+        done = 0
+        for done, item in enumerate(items, 1):
+            yield item
+            if time.monotonic() - last >= _LOG_EVERY_SECONDS:
+                last = time.monotonic()
+                of = f" of {total:,}" if total else ""
+                self.log(f"{label or unit}: {done:,}{of} {unit}s, {done / (last - started):.2f} a second")
+        if time.monotonic() - started >= _LOG_EVERY_SECONDS:
+            self.log(f"{label or unit}: {done:,} {unit}s in {time.monotonic() - started:.0f} s")
+
+    def made(self, manifest: Manifest, folder: Path, *, shards: list[str] | None, fresh: bool) -> None:
+        """An output is whole. `shards` are partition keys, `fresh` whether this run made it."""
+
+    def failed_check(self, name: str, why: str) -> None:
+        """A promise of the stage does not hold."""
+
+
+class PipesProgress(Progress):
+    """Also tells Dagster: log lines, materializations with figures and pictures, check results."""
+
+    def __init__(self, context: Any) -> None:
+        super().__init__()
+        self._context = context
+
+    def log(self, message: str) -> None:
+        self._context.log.info(message)
+
+    def made(self, manifest: Manifest, folder: Path, *, shards: list[str] | None, fresh: bool) -> None:
+        summary = read_summary(folder) if (folder / "summary.json").exists() else Summary()
+        metadata = pipes_metadata(manifest, summary, folder)
+        metadata["made_by_this_run"] = {"raw_value": fresh, "type": "bool"}
+        self._context.report_asset_materialization(metadata=metadata, data_version=manifest.fingerprint)
+        for name, why in summary.checks.items():
+            self._context.report_asset_check(check_name=name, passed=not why, metadata={"why": why or "holds"})
+
+    def failed_check(self, name: str, why: str) -> None:
+        self._context.report_asset_check(check_name=name, passed=False, severity="ERROR", metadata={"why": why})
+
+
+def pipes_metadata(manifest: Manifest, summary: Summary, folder: Path) -> dict[str, Any]:
+    """Counts, figures, tables and pictures of an output as Pipes metadata values."""
+    size = sum(record.size for record in manifest.files)
+    metadata: dict[str, Any] = {
+        "fingerprint": manifest.fingerprint[:16],
+        "files": len(manifest.files),
+        "size_mb": round(size / 1e6, 3),
+        "path": {"raw_value": str(folder), "type": "path"},
+    }
+    metadata |= {name: value for name, value in manifest.counts.items()}
+    metadata |= {name: value for name, value in summary.figures.items() if value is not None}
+    for name, rows in summary.tables.items():
+        metadata[name] = {"raw_value": _markdown_table(rows), "type": "md"}
+    for caption, path in summary.pictures.items():
+        content = (folder / path).read_bytes()
+        if len(content) <= _PICTURE_LIMIT:
+            uri = f"data:image/{path.rsplit('.', 1)[-1]};base64,{base64.b64encode(content).decode()}"
+            metadata[caption] = {"raw_value": f"![{caption}]({uri})", "type": "md"}
+    return metadata
+
+
+@contextlib.contextmanager
+def open_progress() -> Iterator[Progress]:
+    """Progress that fits where we run: Pipes when Dagster launched us, plain otherwise."""
+    from dagster_pipes import is_dagster_pipes_process, open_dagster_pipes
+
+    if not is_dagster_pipes_process():
+        yield Progress()
+        return
+    with open_dagster_pipes() as context:
+        yield PipesProgress(context)
+
+
+def _markdown_table(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return "(empty)"
+    columns = list(rows[0])
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(_cell(row.get(column)) for column in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else json.dumps(value).strip('"')
