@@ -113,9 +113,7 @@ def require_whole(folder: Path, made_by: str) -> Manifest:
 def record_files(folder: Path) -> list[FileRecord]:
     """Size and sha256 of every file below the folder but the manifest itself, in the order of names."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
-    return [
-        FileRecord(path=p.relative_to(folder).as_posix(), size=p.stat().st_size, sha256=_sha256(p)) for p in paths
-    ]
+    return [FileRecord(path=p.relative_to(folder).as_posix(), size=p.stat().st_size, sha256=_sha256(p)) for p in paths]
 
 
 def write_json(path: Path, content: Mapping[str, Any] | list[Any]) -> None:

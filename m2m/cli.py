@@ -55,7 +55,9 @@ def _parser(tool: str | None) -> argparse.ArgumentParser:
         if stage.partitioned:
             sub.add_argument("--shards", type=parse_shards, help="for example 0-3,7; all by default")
         sub.add_argument("--force", action="store_true", help="make it again although it is current")
-        sub.add_argument("--dry-run", action="store_true", help="check inputs, settings, models, resources; write nothing")
+        sub.add_argument(
+            "--dry-run", action="store_true", help="check inputs, settings, models, resources; write nothing"
+        )
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings other than the profile's")
     for name, (module, text) in TOOLS.items():
         sub = subparsers.add_parser(name, help=text)

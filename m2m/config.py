@@ -119,9 +119,7 @@ class Profile:
         try:
             return Resources.model_validate(section)
         except ValidationError as error:
-            raise ConfigError(
-                _explain(error, Resources, f"{self.path}: {command}.resources", "resources")
-            ) from None
+            raise ConfigError(_explain(error, Resources, f"{self.path}: {command}.resources", "resources")) from None
 
 
 def profile_path(name_or_path: str | None = None) -> Path:
@@ -223,7 +221,7 @@ def source_digest(source: Path | str, root: Path) -> str:
 
 def is_hub_id(source: str) -> bool:
     """Whether a model source reads as `owner/name[@revision]` rather than as a path."""
-    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).suffix == ".yaml"
+    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and Path(source).suffix != ".yaml"
 
 
 def _file_sha256(path: Path) -> str:

@@ -93,7 +93,7 @@ def pipes_metadata(manifest: Manifest, summary: Summary, folder: Path) -> dict[s
         "size_mb": round(size / 1e6, 3),
         "path": {"raw_value": str(folder), "type": "path"},
     }
-    metadata |= {name: value for name, value in manifest.counts.items()}
+    metadata |= manifest.counts
     metadata |= {name: value for name, value in summary.figures.items() if value is not None}
     for name, rows in summary.tables.items():
         metadata[name] = {"raw_value": _markdown_table(rows), "type": "md"}

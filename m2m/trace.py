@@ -22,7 +22,7 @@ def trace(stage: Stage, profile: Profile, depth: int = 0) -> Iterator[str]:
     for name, key in stage.inputs.items():
         there = artifacts.read_manifest(STAGES[key].folder(profile))
         if there is None or there.digest != manifest.inputs.get(name):
-            yield f"{'  ' * (depth + 1)}(its {name} was {manifest.inputs.get(name, '?')[:12]}; another stands there now)"
+            yield f"{'  ' * (depth + 1)}(its {name} was {manifest.inputs.get(name, '?')[:12]}; another stands there)"
         yield from trace(STAGES[key], profile, depth + 1)
 
 
