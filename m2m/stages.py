@@ -323,7 +323,7 @@ def run_stage(
         whole = current is not None and not artifacts.faults(final, current)
         if current is not None and current.fingerprint == print_ and whole and not force:
             progress.made(current, final, shards=keys, fresh=False)
-            _drop_leftovers(final, keep=None)
+            _drop_leftovers(final)
             return Outcome(final, current, False, f"{final} is current: nothing to do")
         partial = final.with_name(f"{final.name}.partial-{print_[:12]}")
         if current is not None and current.fingerprint == print_ and not whole and not partial.exists():
@@ -331,18 +331,20 @@ def run_stage(
         if force:
             shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True, exist_ok=True)
-        (partial / artifacts.MANIFEST).unlink(missing_ok=True)
         run = StageRun(stage, profile, partial, folders, print_, progress, shards)
         started = time.time()
-        function(config, run)
-        if run.incomplete:
-            _record_run(stage, profile, run, started, None)
-            return Outcome(partial, None, True, run.incomplete)
-        manifest = _finish(stage, config, manifests, run)
+        manifest = artifacts.read_manifest(partial)
+        if manifest is None or artifacts.faults(partial, manifest):  # whole if a crash came just before the swap
+            (partial / artifacts.MANIFEST).unlink(missing_ok=True)
+            function(config, run)
+            if run.incomplete:
+                _record_run(stage, profile, run, started, None)
+                return Outcome(partial, None, True, run.incomplete)
+            manifest = _finish(stage, config, manifests, run)
         with artifacts.locked(_lock_path(profile, stage, "swap"), progress.log):
             if partial.exists():
                 artifacts.promote(partial, final)
-        _drop_leftovers(final, keep=None)
+        _drop_leftovers(final)
         _record_run(stage, profile, run, started, manifest)
     progress.made(manifest, final, shards=keys, fresh=True)
     return Outcome(final, manifest, True, f"{final}: {len(manifest.files)} files, {_counted(manifest.counts)}")
@@ -391,11 +393,10 @@ def _lock_path(profile: Profile, stage: Stage, name: str) -> Path:
     return profile.outputs / ".locks" / f"{stage.key}.{name}.lock"
 
 
-def _drop_leftovers(final: Path, keep: Path | None) -> None:
+def _drop_leftovers(final: Path) -> None:
     """Remove what other settings left half-made, once a whole output stands."""
     for leftover in final.parent.glob(f"{final.name}.partial-*"):
-        if leftover != keep:
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _record_run(stage: Stage, profile: Profile, run: StageRun, started: float, manifest: Manifest | None) -> None:

@@ -1,0 +1,147 @@
+"""Running a stage: current is left alone, stale is replaced when the new one is whole, a crash goes on."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from m2m import artifacts
+from m2m.config import Profile, SourcePath, StageConfig
+from m2m.errors import ArtifactError, CheckFailed, ConfigError
+from m2m.progress import Progress
+from m2m.stages import STAGES, Stage, StageRun, find_stage, run_stage
+
+calls: list[str] = []
+
+
+class Copy(StageConfig):
+    source: SourcePath
+    times: int = 2
+    fail_at: int | None = None
+    promise: bool = True
+
+
+def copy(config: Copy, run: StageRun) -> None:
+    """Write the source's text `times` times, a file each, going on from those that are there."""
+    text = run.source(config.source).read_text()
+    for i in range(config.times):
+        file = run.out / f"{i}.txt"
+        if file.exists():
+            continue
+        if i == config.fail_at and not calls.count("failed"):
+            calls.append("failed")
+            raise KeyboardInterrupt
+        calls.append(f"wrote {i}")
+        artifacts.write_bytes(file, text.encode())
+    run.count(copies=config.times)
+    run.check("promise_kept", config.promise, "it was broken")
+
+
+@pytest.fixture
+def stage(monkeypatch) -> Stage:
+    calls.clear()
+    stage = Stage("copy", f"{__name__}:copy", "copies", 1, "Copies.", "data", frozenset(), checks=("promise_kept",))
+    monkeypatch.setitem(STAGES, "copy", stage)
+    return stage
+
+
+def profile(tmp_path: Path, **settings) -> Profile:
+    (tmp_path / "in.txt").exists() or (tmp_path / "in.txt").write_text("x")
+    section = {"source": "in.txt"} | settings
+    return Profile(Path("configs/p.yaml"), {"copy": section}, tmp_path / "out", root=tmp_path)
+
+
+quiet = Progress(quiet=True)
+
+
+def test_a_current_output_is_left_alone(tmp_path, stage):
+    first = run_stage(stage, profile(tmp_path), progress=quiet)
+    again = run_stage(stage, profile(tmp_path), progress=quiet)
+    assert (first.fresh, again.fresh) == (True, False)
+    assert calls == ["wrote 0", "wrote 1"]
+    assert again.manifest and again.manifest.counts == {"copies": 2}
+
+
+@pytest.mark.parametrize("change", ["setting", "source", "version", "damage", "force"])
+def test_what_makes_an_output_stale(tmp_path, stage, change):
+    run_stage(stage, profile(tmp_path), progress=quiet)
+    calls.clear()
+    settings: dict = {}
+    match change:
+        case "setting":
+            settings = {"times": 3}
+        case "source":
+            (tmp_path / "in.txt").write_text("y")
+        case "version":
+            stage = dataclasses.replace(stage, version=2)
+        case "damage":
+            (tmp_path / "out" / "copy" / "1.txt").unlink()
+    outcome = run_stage(stage, profile(tmp_path, **settings), progress=quiet, force=change == "force")
+    assert outcome.fresh
+    # what is damaged is mended, not made anew
+    assert calls == (["wrote 1"] if change == "damage" else [f"wrote {i}" for i in range(settings.get("times", 2))])
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, stage):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(stage, profile(tmp_path / "a", times=5, fail_at=3), progress=quiet)
+    assert not (tmp_path / "a" / "out" / "copy").exists()
+    resumed = run_stage(stage, profile(tmp_path / "a", times=5, fail_at=3), progress=quiet)
+    assert calls == ["wrote 0", "wrote 1", "wrote 2", "failed", "wrote 3", "wrote 4"]
+    whole = run_stage(stage, profile(tmp_path / "b", times=5, fail_at=3), progress=quiet)
+    assert whole.manifest and resumed.manifest and whole.manifest.encoded() == resumed.manifest.encoded()
+
+
+def test_the_older_output_stands_until_the_new_one_is_whole(tmp_path, stage):
+    run_stage(stage, profile(tmp_path), progress=quiet)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(stage, profile(tmp_path, times=4, fail_at=2), progress=quiet)
+    kept = artifacts.require_whole(tmp_path / "out" / "copy", "")
+    assert kept.counts == {"copies": 2}
+
+
+def test_a_crash_just_before_the_swap_loses_nothing(tmp_path, stage, monkeypatch):
+    monkeypatch.setattr(artifacts, "promote", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(stage, profile(tmp_path), progress=quiet)
+    monkeypatch.undo()
+    monkeypatch.setitem(STAGES, "copy", stage)
+    calls.clear()
+    assert run_stage(stage, profile(tmp_path), progress=quiet).manifest
+    assert calls == []
+
+
+def test_a_broken_promise_keeps_the_output_out_of_place(tmp_path, stage):
+    with pytest.raises(CheckFailed, match="promise_kept does not hold: it was broken"):
+        run_stage(stage, profile(tmp_path, promise=False), progress=quiet)
+    assert not (tmp_path / "out" / "copy").exists()
+
+
+def test_inputs_must_be_whole(tmp_path, stage):
+    needy = dataclasses.replace(stage, inputs={"copies": "copy"})
+    with pytest.raises(ArtifactError, match="Make it with: python -m m2m copy --config"):
+        run_stage(needy, profile(tmp_path), progress=quiet)
+
+
+def test_what_varies_is_recorded_beside_the_output(tmp_path, stage):
+    outcome = run_stage(stage, profile(tmp_path), progress=quiet)
+    (record,) = (tmp_path / "out" / "runs" / "copy").glob("*.json")
+    told = json.loads(record.read_text())
+    assert outcome.manifest and told["manifest"] == outcome.manifest.digest and told["seconds"] >= 0
+    assert str(tmp_path) not in (tmp_path / "out" / "copy" / "manifest.json").read_text()
+
+
+def test_unknown_stages_and_variants_are_named():
+    with pytest.raises(ConfigError, match="There are: filter-captions"):
+        find_stage("filter", None)
+    with pytest.raises(ConfigError, match="pretrain has variants self, dino"):
+        find_stage("pretrain", None)
+
+
+def test_every_input_is_a_stage_before_it():
+    order = list(STAGES)
+    for stage in STAGES.values():
+        assert all(order.index(key) < order.index(stage.key) for key in stage.inputs.values())
