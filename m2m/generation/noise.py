@@ -1,0 +1,51 @@
+"""Randomness by name: the same key gives the same numbers in every process, batch and order.
+
+Belongs here: the one counter-based stream that generation and training draw from. Not here: who draws what.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+_WORD = 1 << 64
+
+
+def namespaced(seed: int, purpose: str) -> int:
+    """A namespace seed for one purpose, so that equal keys of two purposes ("noise", "timestep") stay independent."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{purpose}".encode()).digest()[:8], "big")
+
+
+def keyed_generator(namespace_seed: int, *key: int) -> np.random.Generator:
+    """The generator of one key: Philox with the namespace as its key and `key` in the upper words of its counter.
+
+    The lowest counter word advances as numbers are drawn, so streams of different keys never overlap (2**64 blocks).
+
+    Args:
+        namespace_seed: 0 <= seed < 2**64; all of its bits count (torch's CPU generator keeps 32).
+        key: up to three words, 0 <= word < 2**64, for example (caption id, image). Keys of other lengths differ.
+
+    Raises:
+        ValueError: more than three words, or one out of range.
+    """
+    if len(key) > 3:
+        raise ValueError(f"a key has at most three words, got {len(key)}: {key}")
+    for word in (namespace_seed, *key):
+        if not 0 <= int(word) < _WORD:
+            raise ValueError(f"{word} does not fit a word of 64 bits without sign")
+    counter = [0, *(int(word) for word in reversed(key)), *[0] * (3 - len(key))]
+    philox = np.random.Philox(
+        key=np.array([int(namespace_seed), len(key)], np.uint64), counter=np.array(counter, np.uint64)
+    )
+    return np.random.Generator(philox)
+
+
+def keyed_normal(namespace_seed: int, *key: int, shape: Sequence[int]) -> torch.Tensor:
+    """Standard normal noise of one key, for example of one image by (caption id, image).
+
+    Returns:
+        float32 tensor of `shape` on the CPU; the same for any batch, worker or device that it is then moved to.
+    """
+    drawn = keyed_generator(namespace_seed, *key).standard_normal(tuple(shape), dtype=np.float32)
+    return torch.from_numpy(np.asarray(drawn, dtype=np.float32))
