@@ -139,7 +139,10 @@ def _stage(command: str, function: str, asset: str, description: str, group: str
 _MODELS = {"m2m_self": "pretrain@self", "m2m_dino": "pretrain@dino"}
 _EVALUATIONS = {
     "table_1": ({**_MODELS, "sets": "generate-sets"}, "FID, IS and CLIP scores by n-th generated image (Table 1)."),
-    "preceding_images": (_MODELS, "What one to four preceding images tell (Fig. 6)."),
+    "preceding_images": (
+        {**_MODELS, "sets": "generate-sets"},
+        "What one to four preceding images tell (Fig. 6).",
+    ),
     "consistency": ({**_MODELS, "sets": "generate-sets"}, "Content and style kept, and nothing copied (Fig. 4)."),
     "real_images": (_MODELS, "Sets of real photographs continued (Fig. 5)."),
     "novel_views": ({"m2m_nvs": "finetune@nvs"}, "New views of held-out objects (Fig. 7)."),
