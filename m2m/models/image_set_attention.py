@@ -1,0 +1,207 @@
+"""Image-Set Attention: tokens of a noisy image read the tokens of clean images before it (paper, section 5, Eq. 4).
+
+Belongs here: the attention, the layer that stands where Stable Diffusion has cross-attention to text (`attn2`), and
+what such a layer reads in a pass. Not here: the rest of the U-Net.
+
+A pass hands every layer the same *reading*: an object that says which rows of the batch are clean, what is remembered
+of them and what is dropped. It travels as the U-Net's `encoder_hidden_states` and no layer keeps anything between
+passes, so that gradient checkpointing may run a layer twice.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import Attention
+from torch import Tensor, nn
+
+from m2m.errors import InputError
+from m2m.models.context import Context
+
+
+def set_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every token of one image attends to all tokens of some images (Eq. 4, no mask).
+
+    Args:
+        q: (sets, tokens, heads, dim).
+        k, v: (sets, images, image tokens, heads, dim); any number of images, zero included.
+
+    Returns:
+        Same shape as `q`; exactly zero where there is no image, as if nothing had been read.
+    """
+    if k.shape[1] == 0:
+        return torch.zeros_like(q)
+    # SDPA wants (sets, heads, tokens, dim); these are views, so a cached context is never copied
+    k, v = (tensor.flatten(1, 2).transpose(1, 2) for tensor in (k, v))
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v).transpose(1, 2)
+
+
+def prefix_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Image i attends to the tokens of images before it, never to its own (paper, section 5.1, Eq. 4).
+
+    A loop over images with prefixes of keys and values: exact, half the arithmetic of a dense mask, and no mask.
+
+    Args:
+        q: noisy tokens, (sets, images, tokens, heads, dim).
+        k, v: clean tokens, (sets, images or images - 1, image tokens, heads, dim); the last image's are never read.
+        keep: (sets, images) bool; False drops an image's whole context.
+
+    Returns:
+        Same shape as `q`; zero for the first image, which has nothing before it, and where the context is dropped.
+    """
+    read = torch.stack([set_attention(q[:, i], k[:, :i], v[:, :i]) for i in range(q.shape[1])], dim=1)
+    if keep is None:
+        return read
+    return torch.where(keep[:, :, None, None, None], read, torch.zeros_like(read))
+
+
+class Reading(Protocol):
+    """What Image-Set Attention layers read in one pass of the U-Net."""
+
+    def shift(self, layer: int) -> Tensor | None:
+        """E(c) for every row of the batch, (rows, width), or None where there is no condition."""
+        ...
+
+    def attend(self, attention: "ImageSetAttention", hidden: Tensor) -> Tensor:
+        """The attention's result before `to_out`: (rows, tokens, width) -> (rows, tokens, inner width)."""
+        ...
+
+
+class ImageSetAttention(nn.Module):
+    """The layer: same tensors as the cross-attention that it replaces (no bias on q, k, v; one on the output)."""
+
+    def __init__(self, layer: int, query_dim: int, context_dim: int, heads: int, head_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads = heads
+        self.query_dim = query_dim
+        self.context_dim = context_dim
+        inner = heads * head_dim
+        self.to_q = nn.Linear(query_dim, inner, bias=False)
+        self.to_k = nn.Linear(context_dim, inner, bias=False)
+        self.to_v = nn.Linear(context_dim, inner, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(inner, query_dim), nn.Dropout(dropout)])
+
+    @classmethod
+    def in_place_of(cls, cross_attention: Attention, layer: int, dropout: float = 0.0) -> "ImageSetAttention":
+        """A layer of the same shapes as `cross_attention`, with weights of its own."""
+        heads = cross_attention.heads
+        return cls(
+            layer,
+            query_dim=cross_attention.query_dim,
+            context_dim=cross_attention.cross_attention_dim,
+            heads=heads,
+            head_dim=cross_attention.inner_dim // heads,
+            dropout=dropout,
+        )
+
+    def queries(self, hidden: Tensor) -> Tensor:
+        """(..., tokens, width) -> (..., tokens, heads, dim)."""
+        return self._split(self.to_q(hidden))
+
+    def keys_and_values(self, clean: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., tokens, context width) -> two of (..., tokens, heads, dim)."""
+        return self._split(self.to_k(clean)), self._split(self.to_v(clean))
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Any = None, **_: Any) -> Tensor:
+        """What the layer adds to its block's hidden states.
+
+        E(c) is added to the hidden states before the attention (section 6.2). They live on in the residual stream,
+        so E(c) is part of what is returned as well: a target's pose reaches the model even with nothing to read.
+
+        Args:
+            hidden_states: (rows, tokens, width), normalised.
+            encoder_hidden_states: the pass's `Reading`.
+        """
+        if encoder_hidden_states is None or not hasattr(encoder_hidden_states, "attend"):
+            raise InputError(
+                "Image-Set Attention reads preceding images, not text embeddings: "
+                "call training_forward, encode_context or denoise of ManyToManyUNet"
+            )
+        reading: Reading = encoder_hidden_states
+        shift = reading.shift(self.layer)
+        if shift is not None:
+            shift = shift[:, None].to(hidden_states.dtype)
+            hidden_states = hidden_states + shift
+        out = self.to_out[0](reading.attend(self, hidden_states))
+        out = self.to_out[1](out)
+        return out if shift is None else out + shift
+
+    def _split(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (self.heads, -1))
+
+
+@dataclass(frozen=True)
+class _Conditioned:
+    shifts: Sequence[Tensor] | None = field(default=None, kw_only=True)
+
+    def shift(self, layer: int) -> Tensor | None:
+        return None if self.shifts is None else self.shifts[layer]
+
+
+@dataclass(frozen=True)
+class WholeSets(_Conditioned):
+    """A training pass: each noisy image reads the clean images before it in its set.
+
+    Rows of the batch are first the clean images of all sets but the last of each (M2M-Self; none for M2M-DINO), then
+    the noisy images of all sets.
+
+    The clean stream reads nothing, as an image with no preceding images does: its attention is zero before `to_out`,
+    so what the clean stream computes for an image is what `encode_context` computes for that image alone.
+    """
+
+    sets: int
+    images: int
+    features: Tensor | None = None  # M2M-DINO: (sets, images - 1, tokens, feature width), E_c(c) already added
+    keep: Tensor | None = None  # (sets, images)
+
+    def attend(self, attention: ImageSetAttention, hidden: Tensor) -> Tensor:
+        own = self.images - 1
+        if self.features is None:
+            clean, noisy = hidden.split([self.sets * own, self.sets * self.images])
+            k, v = attention.keys_and_values(clean.unflatten(0, (self.sets, own)))
+        else:
+            clean, noisy = hidden[:0], hidden
+            k, v = attention.keys_and_values(self.features.to(hidden.dtype))
+        q = attention.queries(noisy.unflatten(0, (self.sets, self.images)))
+        read = prefix_attention(q, k, v, self.keep).flatten(0, 1).flatten(2)
+        if self.features is not None:
+            return read
+        return torch.cat([read.new_zeros(*clean.shape[:-1], read.shape[-1]), read])
+
+
+@dataclass(frozen=True)
+class Recording(_Conditioned):
+    """A pass over clean images that remembers their keys and values; they read nothing."""
+
+    sets: int
+    images: int
+    _found: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
+
+    def attend(self, attention: ImageSetAttention, hidden: Tensor) -> Tensor:
+        self._found[attention.layer] = attention.keys_and_values(hidden.unflatten(0, (self.sets, self.images)))
+        return hidden.new_zeros(*hidden.shape[:-1], attention.to_q.out_features)
+
+    def context(self) -> Context:
+        layers = [self._found[layer] for layer in sorted(self._found)]
+        return Context(keys=tuple(k for k, _ in layers), values=tuple(v for _, v in layers))
+
+
+@dataclass(frozen=True)
+class FromContexts(_Conditioned):
+    """A denoising pass: equal parts of the batch each read a context of their own, or none."""
+
+    contexts: Sequence[Context | None]
+
+    def attend(self, attention: ImageSetAttention, hidden: Tensor) -> Tensor:
+        parts = hidden.chunk(len(self.contexts))
+        return torch.cat([self._read(attention, part, context) for part, context in zip(parts, self.contexts)])
+
+    @staticmethod
+    def _read(attention: ImageSetAttention, hidden: Tensor, context: Context | None) -> Tensor:
+        if context is None:
+            return hidden.new_zeros(*hidden.shape[:-1], attention.to_q.out_features)
+        k, v = context.layer(attention.layer)
+        return set_attention(attention.queries(hidden), k, v).flatten(2)

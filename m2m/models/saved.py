@@ -1,0 +1,110 @@
+"""Saved U-Nets are read strictly: every setting known, every tensor there, of the right shape, and no other.
+
+Belongs here: the format of a saved U-Net's folder. Not here: whole pipelines (`m2m.pipelines.many_to_many`).
+"""
+
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from m2m.errors import ConfigError, InputError
+
+FORMAT_VERSION = 1
+"""Of a saved U-Net: counted up when the meaning of its config or the names of its tensors change."""
+_CONFIG = "config.json"
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def config_keys(model: type) -> set[str]:
+    """The settings that a diffusers model class takes, those that `**unet` passes on to its base included."""
+    keys: set[str] = set()
+    for base in model.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(base.__init__).parameters.values()
+        keys |= {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return keys - {"self"}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A saved model's config.
+
+    Raises:
+        InputError: there is none, or it is not JSON.
+    """
+    path = folder / _CONFIG
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(f"{path}: no such file; the folder holds no saved model") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
+
+
+def check_saved_unet(model: type, folder: Path) -> None:
+    """Refuse a folder that is not exactly a saved `model` (settings and tensors, by the files' headers alone).
+
+    Raises:
+        ConfigError: an unknown or missing setting, or another format.
+        InputError: a missing, extra or mismatched tensor, or no safetensors.
+    """
+    config = read_config(folder)
+    where = folder / _CONFIG
+    made_by = config.get("_class_name")
+    if made_by != model.__name__:
+        raise ConfigError(f"{where}: a {made_by}, not a {model.__name__}; start from it with from_text_to_image")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise ConfigError(
+            f"{where}: format_version {config.get('format_version')}; this version reads {FORMAT_VERSION}"
+        )
+    known = config_keys(model)
+    settings = {key: value for key, value in config.items() if not key.startswith("_")}
+    for key in settings:
+        if key not in known:
+            raise ConfigError(f"{where}: {key} is not a setting of {model.__name__}")
+    for key in sorted(known):
+        if key not in settings:
+            raise ConfigError(f"{where}: setting {key} is missing")
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in model(**settings).state_dict().items()}
+    _compare(wanted, _saved_shapes(folder), folder)
+
+
+def _compare(wanted: Mapping[str, tuple[int, ...]], saved: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    missing = [name for name in wanted if name not in saved]
+    extra = [name for name in saved if name not in wanted]
+    if missing:
+        raise InputError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} of {len(wanted)} are)")
+    if extra:
+        raise InputError(
+            f"{folder}: tensor {extra[0]} has no place in the model ({len(extra)} of {len(saved)} have none)"
+        )
+    for name, shape in wanted.items():
+        if saved[name] != shape:
+            raise InputError(f"{folder}: tensor {name} has shape {saved[name]}; the config asks for {shape}")
+
+
+def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    index = folder / f"{_WEIGHTS}.index.json"
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [_WEIGHTS]
+    except (ValueError, KeyError, AttributeError):
+        raise InputError(f"{index}: not an index of safetensors files") from None
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; weights are read from safetensors only")
+        try:
+            with safe_open(path, framework="pt") as weights:
+                shapes |= {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
+        except Exception as error:
+            raise InputError(f"{path}: not a whole safetensors file: {error}") from None
+    return shapes

@@ -1,0 +1,424 @@
+"""The U-Net of M2M: Stable Diffusion's, with Image-Set Attention where it read text.
+
+Belongs here: the network, its passes (training, encoding a context, denoising) and how it starts from a text-to-image
+model. Not here: the attention itself (`image_set_attention`), strict reading of files (`saved`), sampling (pipelines).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from torch import Tensor, nn
+
+from m2m.errors import ConfigError, InputError
+from m2m.models.conditions import ConditionEmbedder
+from m2m.models.context import Context
+from m2m.models.image_set_attention import FromContexts, ImageSetAttention, Reading, Recording, WholeSets
+from m2m.models.saved import FORMAT_VERSION, check_saved_unet, config_keys
+
+VARIANTS = {"self": "M2M-Self", "dino": "M2M-DINO"}
+Variant = Literal["self", "dino"]
+Branch = tuple[Context | None, Tensor | None]
+"""What one prediction is given: preceding images and the target's condition, (sets, numbers); None drops either."""
+
+# Settings of diffusers' U-Net that would give it inputs or layers which M2M does not know.
+_PLAIN = {
+    "only_cross_attention": (False,),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "addition_embed_type": (None,),
+    "time_cond_proj_dim": (None,),
+    "attention_type": ("default",),
+    "cross_attention_norm": (None,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where every tensor of a newly made U-Net comes from."""
+
+    copied: tuple[str, ...]
+    new: tuple[str, ...]
+    left_out: tuple[str, ...]
+    """Tensors of the source that have no place: the cross-attention to text."""
+
+
+class ManyToManyUNet(UNet2DConditionModel):
+    """Predicts the noise of an image from the images before it in its set.
+
+    M2M-Self (section 5.1) reads hidden states that the same U-Net computes of clean images; M2M-DINO (section 5.2)
+    reads DINOv2 features. `forward` is `training_forward`, so that wrappers (DDP, autocast) see the training pass.
+    """
+
+    config_name = "config.json"
+
+    def __init__(
+        self,
+        *,
+        variant: Variant = "self",
+        condition: str | None = None,
+        clean_timestep: int | None = 0,
+        dropped_context: Literal["empty", "zeroed"] = "empty",
+        format_version: int = FORMAT_VERSION,
+        **unet: Any,
+    ) -> None:
+        """
+        Args:
+            variant: what is read of preceding images: "self" their latents, "dino" their DINO features.
+            condition: None, "camera" or "position" (section 6.2).
+            clean_timestep: timestep of clean images in M2M-Self. The paper does not say; a fixed one lets an image's
+                keys and values be computed once in its life. None: the noisy images' own (one timestep a set; a
+                context is then encoded again at every step).
+            dropped_context: what "randomly zeroing out the clean image condition" means in M2M-Self: "empty" reads
+                nothing, as the first image of a set; "zeroed" reads latents of zeros, as written in the paper.
+            unet: settings of diffusers' UNet2DConditionModel.
+
+        Raises:
+            ConfigError: an unknown variant, condition or format, or a kind of U-Net that M2M does not know.
+        """
+        if variant not in VARIANTS:
+            raise ConfigError(f"variant {variant!r} is not known. There are: {', '.join(VARIANTS)}")
+        if format_version != FORMAT_VERSION:
+            raise ConfigError(f"format_version {format_version} of a saved U-Net: this version reads {FORMAT_VERSION}")
+        if dropped_context not in ("empty", "zeroed"):
+            raise ConfigError(f"dropped_context {dropped_context!r} is not known. There are: empty, zeroed")
+        for key, plain in _PLAIN.items():
+            if unet.get(key, plain[0]) not in plain:
+                raise ConfigError(f"U-Net setting {key}={unet[key]!r}: M2M is built on U-Nets with {key}={plain[0]!r}")
+        super().__init__(**unet)
+        self.register_to_config(
+            variant=variant,
+            condition=condition,
+            clean_timestep=clean_timestep,
+            dropped_context=dropped_context,
+            format_version=format_version,
+        )
+        self.origin: Origin | None = None
+        layers = []
+        for module in self.modules():
+            if isinstance(module, BasicTransformerBlock) and module.attn2 is not None:
+                module.attn2 = ImageSetAttention.in_place_of(module.attn2, len(layers), unet.get("dropout", 0.0))
+                layers.append(module.attn2)
+        if not layers:
+            raise ConfigError("the U-Net has no cross-attention block to put Image-Set Attention into")
+        # a tuple, so that the layers are not registered a second time
+        self._image_set_layers: tuple[ImageSetAttention, ...] = tuple(layers)
+        if condition is not None:
+            hidden = 4 * self.config.block_out_channels[0]  # as wide as the time embedding
+            self.condition_embedder = ConditionEmbedder(condition, hidden, [layer.query_dim for layer in layers])
+            if variant == "dino":  # E_c, "a distinct conditional embedder"
+                self.feature_condition_embedder = ConditionEmbedder(condition, hidden, [self.feature_dim])
+
+    @property
+    def variant(self) -> Variant:
+        return self.config.variant
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of the features that M2M-DINO reads."""
+        return self._image_set_layers[0].context_dim
+
+    # --- passes -------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """`training_forward`."""
+        return self.training_forward(*args, **kwargs)
+
+    def training_forward(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        *,
+        clean: Tensor | None = None,
+        features: Tensor | None = None,
+        keep_context: Tensor | None = None,
+        condition: Tensor | None = None,
+        keep_condition: Tensor | None = None,
+    ) -> Tensor:
+        """The noise of every image of every set in one pass, each image given those before it (Eq. 5).
+
+        Equal to N separate predictions with `denoise`, image i from the context of images 1..i-1.
+
+        Args:
+            noisy: (sets, N, C, h, w).
+            timesteps: (sets, N) integers; equal within a set where `clean_timestep` is None.
+            clean: M2M-Self: (sets, N, C, h, w) or without the last image, which nobody reads.
+            features: M2M-DINO: (sets, N or N - 1, tokens, feature width).
+            keep_context: (sets,) or (sets, N) bool; False drops what the set's, or the image's, prediction is given.
+            condition: (sets, N, numbers), clean and noisy image i alike; None drops it everywhere.
+            keep_condition: (sets,) bool.
+
+        Returns:
+            (sets, N, C, h, w).
+        """
+        sets, images = noisy.shape[:2]
+        own = images - 1
+        read = self._what_is_read(clean, features, sets, own)
+        keep = keep_context
+        if keep is not None and keep.ndim == 1:
+            keep = keep[:, None].expand(sets, images)
+        rows, times = noisy.flatten(0, 1), timesteps.to(noisy.device).flatten()
+        if self.variant == "self":
+            if keep is not None and self.config.dropped_context == "zeroed":
+                if keep_context is None or keep_context.ndim != 1:
+                    raise InputError("dropped_context=zeroed drops whole sets: keep_context must be (sets,)")
+                read, keep = read * keep_context.view(-1, 1, 1, 1, 1).to(read.dtype), None
+            fixed = self.config.clean_timestep
+            times_clean = (
+                timesteps[:, :1].expand(sets, own) if fixed is None else timesteps.new_full((sets, own), fixed)
+            )
+            rows = torch.cat([read.flatten(0, 1), rows])
+            times = torch.cat([times_clean.to(noisy.device).flatten(), times])
+        shifts, feature_shift = self._embed_training(condition, keep_condition)
+        if self.variant == "dino" and feature_shift is not None:
+            read = read + feature_shift
+        reading = WholeSets(sets, images, features=read if self.variant == "dino" else None, keep=keep, shifts=shifts)
+        predicted = self._pass(rows, times, reading)[-sets * images :]
+        return predicted.unflatten(0, (sets, images))
+
+    def encode_context(
+        self, images: Tensor, condition: Tensor | None = None, timestep: int | Tensor | None = None
+    ) -> Context:
+        """Keys and values of clean images, whatever stands before or after them.
+
+        Args:
+            images: M2M-Self: latents (sets, W, C, h, w); M2M-DINO: features (sets, W, tokens, feature width).
+            condition: (sets, W, numbers).
+            timestep: the noisy images' one, needed by M2M-Self where `clean_timestep` is None.
+        """
+        sets, count = images.shape[:2]
+        flat = None if condition is None else self._checked(condition, sets, count).flatten(0, 1)
+        if self.variant == "dino":
+            features = self._what_is_read(None, images, sets, count).to(self.dtype)
+            if flat is not None:
+                features = features + self.feature_condition_embedder(flat)[0].view(sets, count, 1, -1)
+            pairs = [layer.keys_and_values(features) for layer in self._image_set_layers]
+            return Context(keys=tuple(k for k, _ in pairs), values=tuple(v for _, v in pairs))
+        clean = self._what_is_read(images, None, sets, count)
+        fixed = self.config.clean_timestep
+        if fixed is None and timestep is None:
+            raise InputError("this M2M-Self gives clean images the timestep of the noisy ones: encode_context needs it")
+        times = torch.as_tensor(timestep if fixed is None else fixed, device=clean.device)
+        shifts = None if flat is None else self.condition_embedder(flat)
+        recording = Recording(sets, count, shifts=shifts)
+        self._pass(clean.flatten(0, 1), times.expand(sets * count), recording)
+        return recording.context()
+
+    def denoise(
+        self, noisy: Tensor, timestep: int | Tensor, context: Context | None = None, condition: Tensor | None = None
+    ) -> Tensor:
+        """The noise of one image of every set, given its context (or none) and its own condition (or none).
+
+        Args:
+            noisy: (sets, C, h, w).
+            timestep: one for all or (sets,).
+            condition: (sets, numbers).
+
+        Returns:
+            (sets, C, h, w).
+        """
+        return self.denoise_branches(noisy, timestep, [(context, condition)])[0]
+
+    def denoise_branches(self, noisy: Tensor, timestep: int | Tensor, branches: Sequence[Branch]) -> list[Tensor]:
+        """Several predictions for the same noisy images in one pass: what guidance needs (Eqs. 6 and 7)."""
+        sets, count = noisy.shape[0], len(branches)
+        for context, _ in branches:
+            if context is not None and context.sets != sets:
+                raise InputError(f"{sets} noisy images but a context of {context.sets} sets")
+        times = torch.as_tensor(timestep, device=noisy.device).expand(sets).repeat(count)
+        shifts = self._embed_branches([condition for _, condition in branches], noisy)
+        reading = FromContexts([context if context else None for context, _ in branches], shifts=shifts)
+        return list(self._pass(noisy.repeat(count, 1, 1, 1), times, reading).chunk(count))
+
+    def null_context(self, like: Tensor) -> Context | None:
+        """What a dropped context is to this model: None, or one image of zeros (any number of them reads the same).
+
+        Args:
+            like: noisy latents (sets, C, h, w).
+        """
+        if self.variant == "dino" or self.config.dropped_context == "empty":
+            return None
+        return self.encode_context(torch.zeros_like(like)[:, None], timestep=0)
+
+    # --- making one ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_text_to_image(
+        cls,
+        unet: UNet2DConditionModel | Mapping[str, Any],
+        variant: Variant,
+        feature_dim: int | None = None,
+        condition: str | None = None,
+        seed: int = 0,
+        **own: Any,
+    ) -> "ManyToManyUNet":
+        """Start from a text-to-image U-Net: all of it but the cross-attention to text (section 6.1).
+
+        Image-Set Attention is new (torch's initialisation of linear layers, under `seed`). `origin` of the result
+        lists what was copied, what is new and what was left out; nothing is ever left uninitialised.
+
+        Args:
+            unet: the model, or its config alone: everything is then new (on the meta device: nothing is allocated).
+            feature_dim: width of DINO features; M2M-DINO needs it.
+            own: further settings of `ManyToManyUNet`.
+
+        Raises:
+            ConfigError: settings that don't fit together.
+            InputError: a tensor of the source fits nowhere, or one of the new model's has no source.
+        """
+        config = dict(unet.config if isinstance(unet, UNet2DConditionModel) else unet)
+        known = config_keys(UNet2DConditionModel)
+        unknown = [key for key in config if key not in known and not key.startswith("_")]
+        if unknown:
+            raise ConfigError(f"{unknown[0]} is not a setting of a text-to-image U-Net")
+        config = {key: value for key, value in config.items() if key in known}
+        if variant == "dino" and not feature_dim:
+            raise ConfigError("M2M-DINO needs feature_dim, the width of the image encoder's features")
+        levels = tuple(config.get("block_out_channels", (320, 640, 1280, 1280)))
+        config["cross_attention_dim"] = feature_dim if variant == "dino" else levels
+        config |= {"variant": variant, "condition": condition, **own}
+        if isinstance(unet, UNet2DConditionModel):
+            source = {name: tensor for name, tensor in unet.state_dict().items() if ".attn2." not in name}
+            left_out = tuple(name for name in unet.state_dict() if ".attn2." in name)
+            return _assemble(cls, config, source, left_out, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            made = cls(**config)
+        made.origin = Origin(copied=(), new=tuple(made.state_dict()), left_out=())
+        return made
+
+    def add_condition(self, condition: str, seed: int = 0) -> "ManyToManyUNet":
+        """This model with a fresh condition embedder, for fine-tuning (section 6.2); predicts the same until trained.
+
+        Raises:
+            ConfigError: no such condition, or this model has one already.
+        """
+        if self.config.condition is not None:
+            raise ConfigError(f"this U-Net has a {self.config.condition} condition already; {condition} can't be added")
+        config = {key: value for key, value in self.config.items() if key in config_keys(type(self))}
+        return _assemble(type(self), config | {"condition": condition}, self.state_dict(), (), seed)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "ManyToManyUNet":  # type: ignore[override]
+        """Load a saved U-Net, strictly.
+
+        Raises:
+            ConfigError: the config has an unknown or a missing setting, or another format.
+            InputError: a tensor is missing, left over, or has another shape; or there are no safetensors.
+        """
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if folder.is_dir():
+            check_saved_unet(cls, folder)
+        kwargs["use_safetensors"] = True  # pickles can run code
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[return-value]
+
+    @staticmethod
+    def _get_init_keys(input_class: type) -> set[str]:
+        # our signature ends in **unet: diffusers reads settings off signatures
+        return config_keys(input_class) | {"self"}
+
+    # --- inside -------------------------------------------------------------------------------------------------
+
+    def _pass(self, rows: Tensor, timesteps: Tensor, reading: Reading) -> Tensor:
+        # encoder_hidden_states goes untouched to every attn2, and to nothing else
+        return super().forward(rows, timesteps, encoder_hidden_states=reading, return_dict=False)[0]  # type: ignore[arg-type]
+
+    def _what_is_read(self, clean: Tensor | None, features: Tensor | None, sets: int, images: int) -> Tensor:
+        """The variant's kind of clean images, without the last where one more than `images` are given."""
+        given, other = (clean, features) if self.variant == "self" else (features, clean)
+        kind, axes = ("latents (clean)", 5) if self.variant == "self" else ("DINO features (features)", 4)
+        if other is not None or given is None:
+            raise InputError(f"{VARIANTS[self.variant]} reads {kind} of preceding images, and nothing else")
+        if given.ndim != axes or given.shape[0] != sets or given.shape[1] not in (images, images + 1):
+            raise InputError(
+                f"{kind} of shape {tuple(given.shape)}: expected {axes} axes, {sets} sets, "
+                f"{images} or {images + 1} images"
+            )
+        if self.variant == "dino" and given.shape[-1] != self.feature_dim:
+            raise InputError(f"DINO features of width {given.shape[-1]}; this M2M-DINO reads {self.feature_dim}")
+        return given[:, :images]
+
+    def _checked(self, condition: Tensor, sets: int, images: int) -> Tensor:
+        if self.config.condition is None:
+            raise InputError("this U-Net has no condition embedder: fine-tune one first (add_condition)")
+        if tuple(condition.shape[:2]) != (sets, images) or condition.ndim != 3:
+            raise InputError(
+                f"a condition of shape {tuple(condition.shape)}: expected ({sets}, {images}, numbers of one condition)"
+            )
+        return condition
+
+    def _embed_training(
+        self, condition: Tensor | None, keep: Tensor | None
+    ) -> tuple[list[Tensor] | None, Tensor | None]:
+        """E(c) for the rows of a training pass, and E_c(c) to add to features, (sets, N - 1, 1, width)."""
+        if condition is None:
+            return None, None
+        sets, images = condition.shape[:2]
+        self._checked(condition, sets, images)
+        keep_rows = None if keep is None else keep[:, None].expand(sets, images).flatten()
+        each = self.condition_embedder(condition.flatten(0, 1), keep_rows)
+        if self.variant == "dino":
+            of_features = self.feature_condition_embedder(condition.flatten(0, 1), keep_rows)[0]
+            return list(each), of_features.unflatten(0, (sets, images))[:, :-1, None]
+        clean = [vector.unflatten(0, (sets, images))[:, :-1].flatten(0, 1) for vector in each]
+        return [torch.cat(pair) for pair in zip(clean, each)], None
+
+    def _embed_branches(self, conditions: Sequence[Tensor | None], noisy: Tensor) -> list[Tensor] | None:
+        if all(condition is None for condition in conditions):
+            return None
+        sets = noisy.shape[0]
+        columns = []
+        for condition in conditions:
+            if condition is None:
+                columns.append([noisy.new_zeros(sets, layer.query_dim) for layer in self._image_set_layers])
+            else:
+                columns.append(self.condition_embedder(self._checked(condition[:, None], sets, 1)[:, 0]))
+        return [torch.cat(list(parts)) for parts in zip(*columns)]
+
+
+def _assemble(
+    cls: type[ManyToManyUNet],
+    config: dict[str, Any],
+    source: Mapping[str, Tensor],
+    left_out: tuple[str, ...],
+    seed: int,
+) -> ManyToManyUNet:
+    """A U-Net of `config` with `source`'s tensors; Image-Set Attention and condition embedders may be new."""
+    with torch.device("meta"):
+        made = cls(**config)
+    wanted = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
+    for name, tensor in source.items():
+        if name not in wanted:
+            raise InputError(f"tensor {name} of the source has no place in M2M's U-Net")
+        if tuple(tensor.shape) != wanted[name]:
+            raise InputError(f"tensor {name}: the source's shape is {tuple(tensor.shape)}, M2M's {wanted[name]}")
+    new = tuple(name for name in wanted if name not in source)
+    for name in new:
+        if ".attn2." not in name and "condition_embedder." not in name:
+            raise InputError(f"tensor {name} is missing in the source")
+    like = next(iter(source.values()))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for owner in dict.fromkeys(name.rpartition(".")[0] for name in new):
+            layer = made.get_submodule(owner)
+            assert isinstance(layer, nn.Linear), owner
+            layer.to_empty(device="cpu").reset_parameters()
+            layer.to(like.device, like.dtype)
+    for module in made.modules():
+        if isinstance(module, ConditionEmbedder) and not module.heads[0].weight.is_meta:
+            module.start_at_zero()
+    copies = {name: tensor.detach().clone() for name, tensor in source.items()}
+    made.load_state_dict(copies, strict=False, assign=True)
+    unmade = [name for name, tensor in (*made.named_parameters(), *made.named_buffers()) if tensor.is_meta]
+    if unmade:
+        raise InputError(f"tensor {unmade[0]} was neither copied nor initialised")
+    made.origin = Origin(copied=tuple(copies), new=new, left_out=left_out)
+    return made
