@@ -8,13 +8,14 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from m2m.errors import ConfigError, InputError
 
@@ -177,15 +178,31 @@ def identity(config: Settings, root: Path) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, info in type(config).model_fields.items():
         value = getattr(config, name)
-        if any(isinstance(mark, Incidental) or mark is Incidental for mark in info.metadata):
+        if _marked(info, Incidental):
             continue
-        if any(isinstance(mark, Source) or mark is Source for mark in info.metadata) and value is not None:
+        if _marked(info, Source) and value is not None:
             values[name] = source_digest(value, root)
         elif isinstance(value, Settings):
             values[name] = identity(value, root)
         else:
             values[name] = json.loads(config.model_dump_json(include={name}))[name]
     return values
+
+
+def sources(config: Settings) -> Iterator[Path | str]:
+    """The paths and hub ids whose content is part of the config's identity."""
+    for name, info in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, Settings):
+            yield from sources(value)
+        elif _marked(info, Source) and not _marked(info, Incidental) and value is not None:
+            yield value
+
+
+def _marked(info: FieldInfo, mark: type) -> bool:
+    """Whether a field carries a mark, be it on the whole field or on the type inside `SourcePath | None`."""
+    marks = [*info.metadata, *(m for part in get_args(info.annotation) for m in getattr(part, "__metadata__", ()))]
+    return any(isinstance(m, mark) or m is mark for m in marks)
 
 
 def resolve(source: Path | str, root: Path) -> Path:

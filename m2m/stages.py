@@ -20,9 +20,10 @@ from typing import Any, get_type_hints
 
 from m2m import artifacts
 from m2m.artifacts import Manifest, Summary
-from m2m.config import Profile, Resources, StageConfig, identity, resolve
+from m2m.config import Profile, Resources, StageConfig, resolve
 from m2m.errors import ArtifactError, CheckFailed, ConfigError
 from m2m.progress import Progress
+from m2m.recall import recall_identity, remember_identity
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,15 @@ class Stage:
         module, _, name = self.function.partition(":")
         function = getattr(importlib.import_module(module), name)
         return function, get_type_hints(function)["config"]
+
+    def configured(self, profile: Profile, overrides: Sequence[str] = ()) -> tuple[Callable[..., None], StageConfig]:
+        """The stage's function and its config from the profile.
+
+        Raises:
+            ConfigError: a setting that is unknown or not allowed.
+        """
+        function, config_class = self.load()
+        return function, profile.stage_config(config_class, self.command, self.variant, overrides)
 
     def folder(self, profile: Profile) -> Path:
         return profile.outputs / self.command / (self.variant or "")
@@ -277,12 +287,16 @@ def find_stage(command: str, variant: str | None) -> Stage:
     return STAGES[f"{command}@{variant}" if variant else command]
 
 
-def fingerprint(stage: Stage, config: StageConfig, inputs: Mapping[str, Manifest], root: Path) -> str:
-    """The one judge of staleness: the stage, its settings that can change bytes, and its inputs' manifests."""
+def fingerprint(stage: Stage, settings: Mapping[str, Any], inputs: Mapping[str, Manifest]) -> str:
+    """The one judge of staleness: the stage, its settings that can change bytes, and its inputs' manifests.
+
+    Args:
+        settings: `config.identity` of the stage's config.
+    """
     said = {
         "stage": stage.key,
         "version": stage.version,
-        "config": identity(config, root),
+        "config": settings,
         "inputs": {name: manifest.digest for name, manifest in sorted(inputs.items())},
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
@@ -310,14 +324,13 @@ def run_stage(
         M2MError: bad settings, inputs that are not whole, or a check that does not hold.
     """
     progress = progress or Progress()
-    function, config_class = stage.load()
-    config = profile.stage_config(config_class, stage.command, stage.variant, overrides)
+    settings = _settings(stage, profile, overrides)
     folders = {name: STAGES[key].folder(profile) for name, key in stage.inputs.items()}
     manifests = {
         name: artifacts.require_whole(folder, STAGES[stage.inputs[name]].make_command(profile))
         for name, folder in folders.items()
     }
-    print_ = fingerprint(stage, config, manifests, profile.root)
+    print_ = fingerprint(stage, settings, manifests)
     final = stage.folder(profile)
     keys = None if shards is None else [shard_key(shard) for shard in shards]
     with _maybe_locked(profile, stage, progress):
@@ -328,6 +341,7 @@ def run_stage(
             progress.made(current, final, shards=keys, fresh=False)
             _drop_leftovers(final)
             return Outcome(final, current, False, f"{final} is current: nothing to do")
+        function, config = stage.configured(profile, overrides)
         partial = final.with_name(f"{final.name}.partial-{print_[:12]}")
         if current is not None and current.fingerprint == print_ and not whole and not partial.exists():
             os.rename(final, partial)  # damaged: keep its good parts, finish the rest
@@ -343,7 +357,7 @@ def run_stage(
             if run.incomplete:
                 _record_run(stage, profile, run, started, None)
                 return Outcome(partial, None, True, run.incomplete)
-            manifest = _finish(stage, config, manifests, run)
+            manifest = _finish(stage, settings, manifests, run)
         with artifacts.locked(_lock_path(profile, stage, "swap"), progress.log):
             if partial.exists():
                 artifacts.promote(partial, final)
@@ -363,7 +377,14 @@ def resources(stage: Stage, profile: Profile) -> Resources:
     return profile.resources(stage.command, stage.variant)
 
 
-def _finish(stage: Stage, config: StageConfig, inputs: Mapping[str, Manifest], run: StageRun) -> Manifest:
+def _settings(stage: Stage, profile: Profile, overrides: Sequence[str]) -> Mapping[str, Any]:
+    """The identity of the stage's config; recalled where possible, for the stage's module may import torch."""
+    asked = (stage.key, stage.function, profile, profile.section(stage.command, stage.variant), overrides)
+    recalled = recall_identity(*asked)
+    return recalled if recalled is not None else remember_identity(*asked, stage.configured(profile, overrides)[1])
+
+
+def _finish(stage: Stage, settings: Mapping[str, Any], inputs: Mapping[str, Manifest], run: StageRun) -> Manifest:
     summary = Summary.model_validate(run.summary)
     missing = [name for name in stage.checks if name not in summary.checks]
     failed = {name: why for name, why in summary.checks.items() if why} | dict.fromkeys(missing, "was not checked")
@@ -377,7 +398,7 @@ def _finish(stage: Stage, config: StageConfig, inputs: Mapping[str, Manifest], r
         version=stage.version,
         fingerprint=run.fingerprint,
         deterministic=stage.deterministic,
-        config=identity(config, run.profile.root),
+        config=dict(settings),
         inputs={name: found.digest for name, found in sorted(inputs.items())},
         counts=dict(sorted(run.counts.items())),
         files=artifacts.record_files(run.out),
