@@ -6,6 +6,7 @@ Belongs here: counting. Not here: what is done with captions that are too long (
 import os
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 VOCABULARY = Path(__file__).parent / "clip_tokenizer"
@@ -34,13 +35,7 @@ class TokenCounter:
     @classmethod
     def for_clip(cls, folder: Path = VOCABULARY) -> "TokenCounter":
         """With CLIP's vocabulary, which comes with this package (`clip_tokenizer/`, MIT)."""
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns after every fork otherwise
-        from transformers import CLIPTokenizerFast
-
-        tokenizer = CLIPTokenizerFast.from_pretrained(folder).backend_tokenizer
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return cls(tokenizer)
+        return cls(_load(folder))
 
     def __call__(self, caption: str) -> int:
         return self.count([caption])[0]
@@ -70,3 +65,14 @@ class TokenCounter:
         if len(self._memo) < _MEMO_LIMIT:
             self._memo[word] = pieces
         return pieces
+
+
+@cache
+def _load(folder: Path):
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns after every fork otherwise
+    from transformers import CLIPTokenizerFast
+
+    tokenizer = CLIPTokenizerFast.from_pretrained(folder).backend_tokenizer
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

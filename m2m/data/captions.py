@@ -1,0 +1,271 @@
+"""Captions that CLIP can read whole: the filter of the paper's section 4, and who learns from which caption.
+
+Belongs here: reading caption files, deciding, splits. Not here: counting tokens (`m2m.data.tokens`).
+"""
+
+import hashlib
+import html
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, model_validator
+
+from m2m.artifacts import sync_folder
+from m2m.config import SourcePath, StageConfig, resolve
+from m2m.data.tokens import START_AND_END, TokenCounter
+from m2m.errors import ArtifactError, InputError
+from m2m.stages import StageRun
+
+SPLITS = ("train", "validation", "test")
+CAPTIONS, REJECTED = "captions.parquet", "rejected.parquet"
+
+_LINE_LIMIT = 1 << 20  # characters; a longer "line" is no caption, and reading it whole could take all memory
+_BATCH = 8192
+_ROW_GROUP = 65_536
+_KEPT_COLUMNS = pa.schema(
+    [("id", pa.int64()), ("caption", pa.string()), ("tokens", pa.int32()), ("split", pa.string())]
+)
+_REJECTED_COLUMNS = pa.schema([("row", pa.int64()), ("text", pa.string()), ("reason", pa.string())])
+
+
+class FilterCaptions(StageConfig):
+    """Keep the captions of at most `max_tokens` CLIP tokens, and give each its split."""
+
+    source: SourcePath = Field(
+        description="TSV of `url<TAB>caption`, UTF-8, no quoting, `\\n` line ends: CC12M's layout"
+    )
+    max_tokens: int = Field(77, ge=1, description="paper, section 4")
+    count_special_tokens: bool = Field(True, description="whether start and end count; the paper does not say")
+    clean_text: bool = Field(
+        False, description="undo HTML entities and collapse white space first; the paper does not say"
+    )
+    validation_fraction: float = Field(0.001, ge=0, lt=1, description="of the kept captions; the paper does not say")
+    test_fraction: float = Field(0.001, ge=0, lt=1, description="of the kept captions; the paper has 10,000 test sets")
+    seed: int = Field(0, ge=0, description="which captions are held out")
+    limit: int | None = Field(None, ge=1, description="read only so many rows")
+
+    @model_validator(mode="after")
+    def _some_are_trained_on(self) -> "FilterCaptions":
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError("validation_fraction and test_fraction leave no captions to train on")
+        return self
+
+    def preview(self, root: Path, variant: str | None) -> list[str]:
+        path = _require_source(resolve(self.source, root))
+        return [f"captions: {path} ({path.stat().st_size:,} bytes)"]
+
+
+def filter_captions(config: FilterCaptions, run: StageRun) -> None:
+    """Write `captions.parquet` (id, caption, tokens, split) and `rejected.parquet` (row, text, reason) into `run.out`.
+
+    An id is the row's number in the source, from 0; `tokens` has start and end included. Memory does not grow with the
+    source. Splits are by a keyed hash of the caption's text, so equal captions never lie in two splits; the first
+    captions of different text go to training, validation and test in turn, so that no split of a small file is empty.
+
+    Raises:
+        InputError: the source is missing, a folder, or empty.
+    """
+    source = _require_source(run.source(config.source))
+    splitter = Splitter(config.validation_fraction, config.test_fraction, config.seed)
+    rows = 0
+    with (
+        _TableWriter(run.out / CAPTIONS, _KEPT_COLUMNS) as kept,
+        _TableWriter(run.out / REJECTED, _REJECTED_COLUMNS) as rejected,
+    ):
+        read = read_rows(source, config.limit)
+        for row, caption, tokens, reason in _judged(config, run.progress.each(read, unit="caption")):
+            rows += 1
+            if reason:
+                rejected.write((row, caption, reason))
+            else:
+                kept.write((row, caption, tokens, splitter(caption)))
+    run.count(rows=rows, kept=kept.rows, rejected=rejected.rows, **splitter.counts)
+    run.figure(kept_share=kept.rows / rows if rows else None)
+    table = pq.read_table(run.out / REJECTED, columns=["reason"]).column("reason").value_counts().to_pylist()
+    reasons = {_kind(entry["values"]): 0 for entry in table}
+    for entry in table:
+        reasons[_kind(entry["values"])] += entry["counts"]
+    run.table("rejected", [{"reason": reason, "rows": count} for reason, count in sorted(reasons.items())])
+    total = pq.read_metadata(run.out / CAPTIONS).num_rows + pq.read_metadata(run.out / REJECTED).num_rows
+    run.check("counts_add_up", total == rows, f"{rows} rows were read, but {total} written")
+    why = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+    run.check("captions_kept", kept.rows > 0, f"all {rows} rows of {config.source} were rejected: {why}")
+
+
+def read_captions_table(folder: Path) -> pd.DataFrame:
+    """The kept captions of a filter-captions output: id (int64), caption, tokens, split; in the order of ids."""
+    return _open_captions(folder).read().to_pandas()
+
+
+def first_captions(folder: Path, limit: int, per_split: dict[str, int] | None = None) -> pd.DataFrame:
+    """The first `limit` kept captions, of some splits at most so many (splits not named: any number).
+
+    Reads no further than it needs.
+    """
+    left = dict(per_split or {})
+    parts: list[pd.DataFrame] = []
+    for batch in _open_captions(folder).iter_batches():
+        part = batch.to_pandas()
+        for split, most in left.items():
+            mine = part["split"] == split
+            part = part[~mine | (mine.cumsum() <= most)]
+            left[split] = most - int((part["split"] == split).sum())
+        part = part.head(limit)
+        limit -= len(part)
+        parts.append(part)
+        if limit <= 0:
+            break
+    return pd.concat(parts, ignore_index=True) if parts else read_captions_table(folder)
+
+
+@dataclass(frozen=True)
+class CaptionRow:
+    """One line of a caption file, or why it holds no caption."""
+
+    row: int
+    text: str
+    fault: str = ""
+
+
+def read_rows(path: Path, limit: int | None = None) -> Iterator[CaptionRow]:
+    """The lines of a TSV, one at a time; bytes that are not UTF-8 become U+FFFD.
+
+    Only `\\n` ends a line and only the first tab separates: captions may hold quotes, tabs, U+2028 and bare CRs, which
+    CSV readers trip over (pandas' default loses 3.4 % of real rows).
+
+    Raises:
+        InputError: the file is empty.
+    """
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as f:
+        row = -1
+        while limit is None or row + 1 < limit:
+            line = f.readline(_LINE_LIMIT)
+            if not line:
+                break
+            row += 1
+            if not line.endswith("\n") and len(line) == _LINE_LIMIT:
+                while (rest := f.readline(_LINE_LIMIT)) and not rest.endswith("\n"):
+                    pass
+                yield CaptionRow(row, line[:200], f"line of over {_LINE_LIMIT:,} characters")
+                continue
+            line = line.removesuffix("\n").removesuffix("\r")  # the CR of a Windows line end is no part of a caption
+            _, tab, caption = line.partition("\t")
+            if not tab:
+                yield CaptionRow(row, line, "no tab between URL and caption")
+            elif not caption.strip():
+                yield CaptionRow(row, caption, "empty caption")
+            else:
+                yield CaptionRow(row, caption)
+        if row < 0:
+            raise InputError(f"{path} is empty: expected lines of url<TAB>caption")
+
+
+def clean_caption(text: str) -> str:
+    """HTML entities undone (also those escaped twice) and white space collapsed."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
+
+
+@dataclass
+class Splitter:
+    """Which split a caption belongs to: by its text alone, whatever file or order it comes in.
+
+    But for the first texts: while a split that is wanted is still empty, the next new text goes to it.
+    """
+
+    validation_fraction: float
+    test_fraction: float
+    seed: int
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    _forced: dict[bytes, str] = field(default_factory=dict)
+
+    def __call__(self, caption: str) -> str:
+        digest = hashlib.blake2b(caption.encode(), digest_size=8, key=str(self.seed).encode()).digest()
+        split = self._forced.get(digest) or self._split(digest)
+        self.counts[split] += 1
+        return split
+
+    def _split(self, digest: bytes) -> str:
+        wanted = {"train": 1.0, "validation": self.validation_fraction, "test": self.test_fraction}
+        missing = [split for split in SPLITS if wanted[split] > 0 and split not in self._forced.values()]
+        if missing:
+            self._forced[digest] = missing[0]
+            return missing[0]
+        share = int.from_bytes(digest, "big") / 2**64
+        if share < self.test_fraction:
+            return "test"
+        return "validation" if share < self.test_fraction + self.validation_fraction else "train"
+
+
+def _judged(config: FilterCaptions, rows: Iterator[CaptionRow]) -> Iterator[tuple[int, str, int, str]]:
+    count = TokenCounter.for_clip()
+    uncounted = 0 if config.count_special_tokens else START_AND_END
+    while batch := list(islice(rows, _BATCH)):
+        texts = [clean_caption(row.text) if config.clean_text and not row.fault else row.text for row in batch]
+        counts = count.count(["" if row.fault else text for row, text in zip(batch, texts)])
+        for row, text, tokens in zip(batch, texts, counts):
+            reason = row.fault or ("" if text else "empty caption")
+            if not reason and tokens - uncounted > config.max_tokens:
+                reason = f"{tokens - uncounted} tokens"
+            yield row.row, text, tokens, reason
+
+
+def _kind(reason: str) -> str:
+    return "too many tokens" if reason.endswith(" tokens") else reason
+
+
+def _require_source(path: Path) -> Path:
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(f"filter-captions.source: {path} {what}; expected a TSV file of url<TAB>caption")
+    if path.stat().st_size == 0:
+        raise InputError(f"filter-captions.source: {path} is empty; expected lines of url<TAB>caption")
+    return path
+
+
+def _open_captions(folder: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(folder / CAPTIONS)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ArtifactError(f"{folder / CAPTIONS} can't be read ({error}); run filter-captions again") from None
+
+
+class _TableWriter:
+    """Parquet in row groups of a fixed size, so that neither memory nor bytes depend on how rows arrive."""
+
+    def __init__(self, path: Path, columns: pa.Schema) -> None:
+        self._path, self._columns = path, columns
+        self._temporary = path.with_name(f".{path.name}.tmp")
+        self._rows: list[tuple[Any, ...]] = []
+        self.rows = 0
+
+    def __enter__(self) -> "_TableWriter":
+        self._writer = pq.ParquetWriter(self._temporary, self._columns, compression="zstd")
+        return self
+
+    def write(self, row: tuple[Any, ...]) -> None:
+        self._rows.append(row)
+        self.rows += 1
+        if len(self._rows) == _ROW_GROUP:
+            self._flush()
+
+    def _flush(self) -> None:
+        arrays = [pa.array(values, kind) for values, kind in zip(zip(*self._rows), self._columns.types)]
+        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._columns))
+        self._rows = []
+
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        if self._rows and failed is None:
+            self._flush()
+        self._writer.close()
+        if failed is not None:
+            self._temporary.unlink()
+            return
+        self._temporary.replace(self._path)
+        sync_folder(self._path.parent)

@@ -1,0 +1,200 @@
+"""The caption filter: exact, nothing lost, no row out of place, splits that hold."""
+
+import html
+import tracemalloc
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import CLIPTokenizerFast
+
+from m2m.config import Profile
+from m2m.data import captions
+from m2m.data.captions import FilterCaptions, clean_caption, filter_captions, first_captions, read_captions_table
+from m2m.data.tokens import VOCABULARY
+from m2m.errors import CheckFailed, ConfigError, InputError
+from m2m.progress import Progress
+from m2m.stages import STAGES, StageRun, run_stage
+
+REAL = Path(__file__).parents[2].parent / "shared" / "data" / "captions"
+STAGE = STAGES["filter-captions"]
+real = pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is not there")
+
+
+def filtered(tmp_path: Path, source: Path | bytes, **config) -> tuple[pd.DataFrame, pd.DataFrame, StageRun]:
+    """Run the stage's function alone, into a new folder."""
+    if isinstance(source, bytes):
+        (tmp_path / "source.tsv").write_bytes(source)
+        source = tmp_path / "source.tsv"
+    run = run_filter(tmp_path, FilterCaptions(source=source, **config))
+    out = tmp_path / "out"
+    return read_captions_table(out), pd.read_parquet(out / "rejected.parquet"), run
+
+
+def run_filter(tmp_path: Path, config: FilterCaptions) -> StageRun:
+    out = tmp_path / "out"
+    out.mkdir(exist_ok=True)
+    run = StageRun(STAGE, Profile(Path("p.yaml"), {}, tmp_path, root=tmp_path), out, {}, "", Progress(quiet=True))
+    filter_captions(config, run)
+    return run
+
+
+@real
+def test_real_alt_texts(tmp_path):
+    kept, rejected, run = filtered(tmp_path, REAL / "alt_texts_10k.tsv")
+    assert run.counts["rows"] == 9959 == len(kept) + len(rejected)
+    assert rejected["reason"].str.endswith(" tokens").sum() == len(rejected) == 57
+    tokenizer = CLIPTokenizerFast.from_pretrained(VOCABULARY)
+    sample = kept.iloc[::20]
+    assert [len(ids) for ids in tokenizer(sample["caption"].tolist())["input_ids"]] == sample["tokens"].tolist()
+    lines = (REAL / "alt_texts_10k.tsv").read_bytes().split(b"\n")
+    assert all(lines[i].split(b"\t", 1)[1].decode() == caption for i, caption in zip(kept["id"], kept["caption"]))
+    assert kept["id"].is_monotonic_increasing and kept["id"].is_unique
+
+
+@real
+def test_rows_that_break_csv_readers(tmp_path):
+    kept, rejected, _ = filtered(tmp_path, REAL / "hostile.tsv")
+    texts = kept.set_index("id")["caption"].to_dict()
+    assert len(texts) == 10
+    assert rejected.to_dict("records") == [{"row": 4, "text": "", "reason": "empty caption"}]
+    assert texts[0] == '"A quoted start' and texts[3] == "a\ttab" and texts[5] == "N/A" and texts[6] == "null"
+    assert texts[7] == "caf\ufffd latin1" and texts[8] == "line\u2028sep \x85 nel" and texts[9] == "cr\rinside"
+
+
+CELLS = st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"]), max_size=30)
+
+
+@settings(max_examples=30, deadline=None)
+@given(lines=st.lists(st.one_of(CELLS, st.tuples(CELLS, CELLS).map("\t".join)), min_size=1, max_size=20))
+def test_no_row_is_lost_or_merged(tmp_path_factory, lines):
+    folder = tmp_path_factory.mktemp("fuzz")
+    kept, rejected, run = filtered(folder, ("\n".join(lines) + "\n").encode())
+    assert run.counts["rows"] == len(lines)
+    assert sorted([*kept["id"], *rejected["row"]]) == list(range(len(lines)))
+    assert run.summary["checks"]["counts_add_up"] == ""
+    for i, caption in zip(kept["id"], kept["caption"]):
+        assert lines[i].removesuffix("\r").split("\t", 1)[1] == caption
+
+
+def test_rejected_rows_keep_their_reason(tmp_path):
+    source = b"http://u\n" + b"u\t" + b"word " * 76 + b"\nu\t  \nu\tkept\r\nu\t" + b"word " * 75
+    kept, rejected, run = filtered(tmp_path, source)
+    assert rejected["reason"].tolist() == ["no tab between URL and caption", "78 tokens", "empty caption"]
+    assert rejected["text"][0] == "http://u"
+    assert kept["caption"].tolist() == ["kept", "word " * 75] and kept["tokens"].tolist() == [3, 77]
+    assert {row["reason"]: row["rows"] for row in run.summary["tables"]["rejected"]}["too many tokens"] == 1
+
+
+def test_special_tokens_and_cleaning_are_options(tmp_path):
+    source = b"u\t" + b"word " * 76 + b"\nu\tsalt &amp;amp;\t pepper\n"
+    kept, _, _ = filtered(tmp_path, source, count_special_tokens=False, clean_text=True)
+    assert kept["caption"].tolist() == ["word " * 75 + "word", "salt & pepper"]
+    assert kept["tokens"].tolist() == [78, 5]
+
+
+@given(text=st.text())
+def test_cleaning_undoes_html(text):
+    assert clean_caption(html.escape(text)) == clean_caption(text)
+
+
+def test_equal_captions_never_lie_in_two_splits(tmp_path):
+    source = "".join(f"u{i}\tcaption {i % 300}\n" for i in range(1500)).encode()
+    kept, _, run = filtered(tmp_path, source, validation_fraction=0.1, test_fraction=0.2)
+    assert (kept.groupby("caption")["split"].nunique() == 1).all()
+    shares = kept["split"].value_counts(normalize=True)
+    assert abs(shares["test"] - 0.2) < 0.06 and abs(shares["validation"] - 0.1) < 0.06
+    assert run.counts["train"] == (kept["split"] == "train").sum()
+
+
+def test_a_captions_split_does_not_depend_on_the_file(tmp_path):
+    lines = [f"u\tcaption {i}\n".encode() for i in range(400)]
+    one, _, _ = filtered(tmp_path, b"".join(lines), validation_fraction=0.2, test_fraction=0.2)
+    two, _, _ = filtered(tmp_path, b"".join(lines[:3] + lines[:2:-1]), validation_fraction=0.2, test_fraction=0.2)
+    assert one.set_index("caption")["split"].to_dict() == two.set_index("caption")["split"].to_dict()
+
+
+def test_a_small_file_fills_every_split(tmp_path):
+    kept, _, _ = filtered(tmp_path, b"u\ta\nu\ta\nu\tb\nu\tc\nu\td\n", validation_fraction=1e-6, test_fraction=1e-6)
+    assert kept["split"].tolist() == ["train", "train", "validation", "test", "train"]
+    kept, _, _ = filtered(tmp_path, b"u\ta\nu\tb\nu\tc\n", validation_fraction=0, test_fraction=0)
+    assert set(kept["split"]) == {"train"}
+
+
+def test_first_captions_reads_the_first_of_each_split(tmp_path):
+    source = "".join(f"u\tcaption {i}\n" for i in range(500)).encode()
+    kept, _, _ = filtered(tmp_path, source, validation_fraction=0.2, test_fraction=0.2)
+    chosen = first_captions(tmp_path / "out", 60, {"validation": 5, "test": 3})
+    expected = pd.concat([kept[kept["split"] == s].head(n) for s, n in [("train", 60), ("validation", 5), ("test", 3)]])
+    assert chosen["id"].tolist() == sorted(expected["id"])[:60]
+    assert first_captions(tmp_path / "out", 7)["id"].tolist() == list(range(7))
+
+
+def test_memory_does_not_grow_with_the_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(captions, "_ROW_GROUP", 500)
+    monkeypatch.setattr(captions, "_BATCH", 100)
+    (tmp_path / "big.tsv").write_bytes(b"u\t" + b"\nu\t".join(b"one red square, %d" % i for i in range(12_000)))
+    peaks = []
+    tracemalloc.start()
+    try:
+        for limit in (1000, 2000, 12_000):  # the first one loads the vocabulary
+            tracemalloc.reset_peak()
+            run_filter(tmp_path, FilterCaptions(source=tmp_path / "big.tsv", limit=limit))
+            peaks.append(tracemalloc.get_traced_memory()[1])
+    finally:
+        tracemalloc.stop()
+    assert peaks[2] < 1.2 * peaks[1]
+    assert pq.ParquetFile(tmp_path / "out" / "captions.parquet").num_row_groups == 24
+
+
+def test_the_same_source_gives_the_same_bytes(tmp_path):
+    found = []
+    for _ in range(2):
+        filtered(tmp_path, b"u\ta\nu\tb\nu\nu\tc\n")
+        found.append([(tmp_path / "out" / name).read_bytes() for name in ("captions.parquet", "rejected.parquet")])
+    assert found[0] == found[1]
+
+
+def test_a_file_without_line_ends_is_one_rejected_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(captions, "_LINE_LIMIT", 1000)
+    kept, rejected, _ = filtered(tmp_path, b"u\t" + b"x" * 5000 + b"\nu\tfine\n")
+    assert rejected["reason"].tolist() == ["line of over 1,000 characters"] and kept["id"].tolist() == [1]
+
+
+def profile(tmp_path: Path, **section) -> Profile:
+    return Profile(Path("configs/p.yaml"), {"filter-captions": section}, tmp_path / "outputs", root=tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, b""])
+def test_a_source_that_holds_nothing(tmp_path, content):
+    if content is not None:
+        (tmp_path / "c.tsv").write_bytes(content)
+    with pytest.raises(InputError, match=r"c\.tsv"):
+        run_stage(STAGE, profile(tmp_path, source="c.tsv"), progress=Progress(quiet=True))
+    with pytest.raises(InputError, match=r"filter-captions\.source"):
+        FilterCaptions(source=Path("c.tsv")).preview(tmp_path, None)
+
+
+def test_the_stage_leaves_a_whole_output_and_no_more(tmp_path):
+    (tmp_path / "c.tsv").write_bytes(b"u\ta cat\nu\ta dog\nu\ta cow\nbroken\n")
+    outcome = run_stage(STAGE, profile(tmp_path, source="c.tsv"), progress=Progress(quiet=True))
+    assert outcome.manifest and [f.path for f in outcome.manifest.files] == [
+        "captions.parquet",
+        "rejected.parquet",
+        "summary.json",
+    ]
+    assert outcome.manifest.counts["kept"] == 3
+
+
+def test_when_nothing_is_left_the_check_says_why(tmp_path):
+    (tmp_path / "c.csv").write_bytes(b"url,caption\nu,a cat\n")
+    with pytest.raises(CheckFailed, match=r"all 2 rows of c\.csv were rejected: 2 no tab"):
+        run_stage(STAGE, profile(tmp_path, source="c.csv"), progress=Progress(quiet=True))
+
+
+def test_fractions_that_leave_no_training_captions_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="validation_fraction"):
+        run_stage(STAGE, profile(tmp_path, source="c", validation_fraction=0.6, test_fraction=0.5))
