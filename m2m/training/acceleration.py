@@ -1,0 +1,56 @@
+"""The device, precision and processes of a training, by Accelerate.
+
+Belongs here: opening Accelerate, what all processes must agree on, deterministic kernels. Not here: the loop.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+
+from m2m.config import Compute
+from m2m.errors import ConfigError
+
+
+def open_accelerator(compute: Compute) -> Accelerator:
+    """Accelerate for the device and precision of the settings, whatever this process trained before.
+
+    Raises:
+        ConfigError: cuda was asked for and there is none.
+    """
+    if compute.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("compute.device is cuda, but torch sees no GPU here: set compute.device=cpu")
+    if compute.device == "cuda":
+        # read when cuBLAS starts: without it its results may differ from run to run
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    else:
+        torch.set_num_threads(compute.threads)
+    if PartialState._shared_state and not torch.distributed.is_initialized():
+        AcceleratorState._reset_state(reset_partial_state=True)
+    precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[compute.dtype]
+    return Accelerator(cpu=compute.device == "cpu", mixed_precision=precision)
+
+
+def anywhere(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether the flag is up in any process: all must stop at the same step."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum"))
+
+
+@contextlib.contextmanager
+def deterministic_kernels(device: torch.device) -> Iterator[None]:
+    """On a GPU, kernels whose results do not change from run to run; torch warns where there is none."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.aredeterministic_algorithms_enabled()
+    torch.usedeterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time, mends nothing
+    try:
+        yield
+    finally:
+        torch.usedeterministic_algorithms(before)

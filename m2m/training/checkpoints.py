@@ -1,0 +1,104 @@
+"""Checkpoints of a training: written whole or not at all, checked when read, the last few kept.
+
+Belongs here: folders `step-NNNNNN`, their files, choosing the newest good one. Not here: when to write one.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from m2m.artifacts import sync_folder, write_json
+
+FORMAT = 1
+_STATE = "state.json"
+_LOG = "training_log.jsonl"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a training needs to go on as if it had never stopped."""
+
+    step: int
+    tensors: Mapping[str, Mapping[str, Tensor]]  # file name without suffix -> tensor name -> tensor
+    log: str = ""
+    belongs_to: str = ""  # a checkpoint of other settings is never picked up
+    numbers: Mapping[str, int] = field(default_factory=dict)
+
+
+def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write `folder/step-NNNNNN` and remove all but the newest `keep`.
+
+    The files are written in a folder beside it, flushed, and renamed into place: after a crash there is a whole
+    checkpoint or none of that name.
+    """
+    final = folder / f"step-{checkpoint.step:06d}"
+    temporary = folder / f".{final.name}.tmp"
+    for stale in folder.glob(".step-*.tmp"):
+        shutil.rmtree(stale)
+    temporary.mkdir(parents=True)
+    for name, tensors in checkpoint.tensors.items():
+        whole = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+        save_file(whole, temporary / f"{name}.safetensors")
+    (temporary / _LOG).write_text(checkpoint.log, encoding="utf-8")
+    files = sorted(temporary.iterdir())
+    for path in files:
+        _flush(path)
+    state = {
+        "format": FORMAT,
+        "step": checkpoint.step,
+        "belongs_to": checkpoint.belongs_to,
+        "numbers": dict(checkpoint.numbers),
+        "files": {path.name: _sha256(path) for path in files},
+    }
+    write_json(temporary / _STATE, state)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(temporary, final)
+    sync_folder(folder)
+    for old in _newest_first(folder)[keep:]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_newest(folder: Path, belongs_to: str, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that is whole and belongs to these settings; bad ones are named and passed over."""
+    for path in _newest_first(folder):
+        try:
+            return _load(path, belongs_to)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            say(f"{path} is not used: {error}")
+    return None
+
+
+def _load(path: Path, belongs_to: str) -> Checkpoint:
+    state = json.loads((path / _STATE).read_bytes())
+    if state["format"] != FORMAT:
+        raise ValueError(f"it has format {state['format']}, not {FORMAT}")
+    if state["belongs_to"] != belongs_to:
+        raise ValueError("it was made with other settings")
+    for name, digest in state["files"].items():
+        if _sha256(path / name) != digest:
+            raise ValueError(f"{name} is damaged")
+    tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in state["files"] if name != _LOG}
+    return Checkpoint(state["step"], tensors, (path / _LOG).read_text("utf-8"), belongs_to, state["numbers"])
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    numbered = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(numbered, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as f:
+        os.fsync(f.fileno())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

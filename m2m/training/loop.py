@@ -1,0 +1,310 @@
+"""One training loop for pre-training and fine-tuning: AdamW, accumulated gradients, averaged weights, exact resume.
+
+Belongs here: optimisation, checkpoints at the right moments, the log. Not here: the loss, the data, the stages.
+"""
+
+import contextlib
+import json
+import math
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from m2m.artifacts import write_bytes
+from m2m.errors import CheckFailed, ConfigError, InputError
+from m2m.generation.noise import keyed_generator, namespaced
+from m2m.progress import Progress
+from m2m.training import checkpoints
+from m2m.training.acceleration import anywhere, deterministic_kernels
+from m2m.training.batches import BatchPlan
+from m2m.training.checkpoints import Checkpoint
+from m2m.training.objective import Objective, SetLoss
+from m2m.training.settings import TrainingSettings
+
+LOG = "training_log.jsonl"
+CHECKPOINTS = "checkpoints"
+STOPPED = 75  # EX_TEMPFAIL: asked to stop, checkpoint written, run again to go on
+_SMOOTHING_STEPS = 50
+
+Batch = dict[str, Tensor]
+
+
+class SetData(Protocol):
+    """Sets of images to train on, by (epoch, sample)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
+        """One set: `sample` (its number) and what `prepare` needs. Read by data workers: no models here."""
+        ...
+
+
+Prepare = Callable[[Batch], Batch]
+"""A stacked batch on the training device -> `latents` and, as the model needs, `features`, `condition`, `counts`."""
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """What is written of one optimizer step. No times: equal trainings write equal logs."""
+
+    step: int
+    epoch: int
+    loss: float
+    smoothed: float
+    lr: float
+    grad_norm: float
+
+
+def train(
+    settings: TrainingSettings,
+    loss: SetLoss,
+    objective: Objective,
+    data: SetData,
+    out: Path,
+    progress: Progress,
+    accelerator: Accelerator,
+    *,
+    belongs_to: str,
+    prepare: Prepare = dict,
+    per_shard: int | None = None,
+    label: str = "train",
+) -> list[LogLine]:
+    """Train the U-Net of `loss`; it is left with the averaged weights, on the accelerator's device.
+
+    Goes on from the newest good checkpoint below `out/checkpoints`; killed and gone on with equals uninterrupted,
+    bit for bit on the same kind of device and number of processes.
+
+    Args:
+        out: gets `training_log.jsonl`; its checkpoints are the caller's to delete.
+        belongs_to: identity of the settings; checkpoints of others are not picked up.
+        prepare: what the models make of a batch (encoding), if the data is not ready for the U-Net.
+        per_shard: sets that lie in one file, for the order of reading; None: all are equally near.
+
+    Returns:
+        The log of all steps, those before a resume included.
+
+    Raises:
+        InputError: no sets.
+        ConfigError: fewer sets in a batch than processes.
+        CheckFailed: a loss or gradient is not finite; names the samples.
+        SystemExit: 75 after SIGTERM, with a checkpoint written.
+    """
+    if not len(data):
+        raise InputError(f"{label}: there are no sets to train on")
+    if settings.batch < accelerator.num_processes:
+        raise ConfigError(f"batch is {settings.batch}: fewer sets than the {accelerator.num_processes} processes")
+    trainer = _Trainer(settings, loss, objective, data, prepare, accelerator, label)
+    folder = out / CHECKPOINTS
+    found = checkpoints.load_newest(folder, belongs_to, progress.log)
+    if found is not None:
+        trainer.restore(found)
+        progress.log(f"{label}: goes on after step {found.step:,}")
+    plan = BatchPlan(settings, len(data), per_shard, accelerator.num_processes, accelerator.process_index)
+    main = accelerator.is_main_process
+    steps, log = trainer.run(plan), None
+    if main:
+        write_bytes(out / LOG, trainer.encoded_log())
+        log = (out / LOG).open("a", encoding="utf-8")
+        steps = progress.each(steps, total=plan.steps - len(trainer.log), unit="step", label=label)
+    with _Stop() as stop, deterministic_kernels(accelerator.device), log or contextlib.nullcontext():
+        for line in steps:
+            if log is not None:
+                log.write(_encoded(line))
+                log.flush()
+            stopping = anywhere(accelerator, stop.asked)
+            if stopping or line.step % settings.checkpoint_every == 0 or line.step == plan.steps:
+                if main:
+                    checkpoints.save(folder, trainer.state(belongs_to), settings.keep_checkpoints)
+                accelerator.wait_for_everyone()
+            if stopping and line.step < plan.steps:
+                progress.log(f"{label}: asked to stop; goes on after step {line.step:,} when run again")
+                raise SystemExit(STOPPED)
+    trainer.adopt_average()
+    return trainer.log
+
+
+class _Trainer:
+    """The state of a training, and its steps."""
+
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        loss: SetLoss,
+        objective: Objective,
+        data: SetData,
+        prepare: Prepare,
+        accelerator: Accelerator,
+        label: str,
+    ) -> None:
+        self.settings, self.objective, self.label = settings, objective, label
+        self.data, self.prepare, self.accelerator = data, prepare, accelerator
+        self.unet = loss.unet
+        if settings.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        # evaluation_mode: no DDP wrapper. Which weights get gradients changes with the dropped contexts, and
+        # gradients are summed over processes once a step, after accumulation
+        self.loss = accelerator.prepare_model(loss, evaluation_mode=True)
+        self.weights = dict(self.unet.named_parameters())
+        self.average = EMAModel(self.weights.values(), decay=settings.ema_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.weights.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        self.log: list[LogLine] = []
+
+    def run(self, plan: BatchPlan) -> Iterator[LogLine]:
+        """The steps after those already done."""
+        start = len(self.log)
+        micro_batches = iter(
+            DataLoader(
+                self.data,  # type: ignore[arg-type]
+                batch_sampler=plan.reading_order(start),  # type: ignore[arg-type]
+                num_workers=self.settings.workers,
+                worker_init_fn=_ignore_signals,
+                pin_memory=self.accelerator.device.type == "cuda",
+                generator=torch.Generator().manual_seed(0),  # its draws reach no result; leaves the global one alone
+            )
+        )
+        self.unet.train()
+        for step, epoch, batch in plan.batches(start):
+            self._seed_layers(step)
+            total = torch.zeros((), device=self.accelerator.device)
+            for _ in plan.micro_batches(batch):
+                total += self._accumulate(next(micro_batches), epoch, len(batch))
+            value = float(self.accelerator.reduce(total, "sum"))
+            if not math.isfinite(value):
+                raise self._not_finite("loss", value, step, batch)
+            rate = self.settings.learning_rate * min(1.0, step / max(1, self.settings.warmup_steps))
+            norm = self._update(rate)
+            if not math.isfinite(norm):
+                raise self._not_finite("gradient norm", norm, step, batch)
+            before = self.log[-1].smoothed if self.log else value
+            smoothed = before + (value - before) * max(1 / step, 1 / _SMOOTHING_STEPS)
+            self.log.append(LogLine(step, epoch, value, smoothed, rate, norm))
+            yield self.log[-1]
+
+    def _accumulate(self, micro: Batch, epoch: int, batch: int) -> Tensor:
+        """Add a micro-batch's gradients; returns its part of the batch's mean loss."""
+        device = self.accelerator.device
+        samples = micro["sample"].tolist()
+        ready = self.prepare({name: tensor.to(device, non_blocking=True) for name, tensor in micro.items()})
+        losses = batch_losses(self.loss, self.objective, ready, samples, epoch)
+        # by the batch's size, not the micro-batch's: the last micro-batch may be smaller
+        part = losses.sum() / batch
+        if torch.isfinite(part):
+            self.accelerator.backward(part)
+        return part.detach()
+
+    def _update(self, rate: float) -> float:
+        """One optimizer step from the gradients of all processes; returns their norm before clipping."""
+        weights = list(self.weights.values())
+        for weight in weights:
+            if weight.grad is None:  # all contexts dropped: a zero like any other, on every split into micro-batches
+                weight.grad = torch.zeros_like(weight)
+            if self.accelerator.num_processes > 1:
+                weight.grad = self.accelerator.reduce(weight.grad, "sum")  # type: ignore[assignment]
+        norm = float(torch.nn.utils.clip_grad_norm_(weights, self.settings.gradient_clip))
+        if math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self.average.step(weights)
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _seed_layers(self, step: int) -> None:
+        # layers that draw for themselves (dropout in a U-Net that has it) draw the same after a resume
+        key = (step, self.accelerator.process_index)
+        drawn = keyed_generator(namespaced(self.settings.seed, "layers"), *key)
+        torch.manual_seed(int(drawn.integers(2**32)))
+
+    def _not_finite(self, what: str, value: float, step: int, batch: Sequence[int]) -> CheckFailed:
+        return CheckFailed(
+            f"{self.label}: the {what} of step {step:,} is {value}; its samples: {', '.join(map(str, batch))}. "
+            "Look at these sets (`python -m m2m shards show`), or lower learning_rate"
+        )
+
+    def state(self, belongs_to: str) -> Checkpoint:
+        """Everything of the training, to be written."""
+        moments = {
+            f"{key}/{name}": self.optimizer.state[weight][key]
+            for name, weight in self.weights.items()
+            for key in ("exp_avg", "exp_avg_sq", "step")
+        }
+        tensors = {
+            "unet": dict(self.unet.state_dict()),
+            "average": dict(zip(self.weights, self.average.shadow_params)),
+            "optimizer": moments,
+        }
+        numbers = {"average_steps": self.average.optimization_step}
+        return Checkpoint(len(self.log), tensors, self.encoded_log().decode(), belongs_to, numbers)
+
+    def restore(self, found: Checkpoint) -> None:
+        """Take the state of a checkpoint."""
+        device = self.accelerator.device
+        self.unet.load_state_dict(dict(found.tensors["unet"]))
+        self.average.shadow_params = [found.tensors["average"][name].to(device) for name in self.weights]
+        self.average.optimization_step = found.numbers["average_steps"]
+        moments = found.tensors["optimizer"]
+        states: dict[int, Any] = {
+            place: {key: moments[f"{key}/{name}"] for key in ("exp_avg", "exp_avg_sq", "step")}
+            for place, name in enumerate(self.weights)
+        }
+        self.optimizer.load_state_dict(
+            {"state": states, "param_groups": self.optimizer.state_dict()["param_groups"]}  # rates are set at each step
+        )
+        self.log = [LogLine(**json.loads(line)) for line in found.log.splitlines()]
+
+    def adopt_average(self) -> None:
+        """Put the averaged weights into the U-Net."""
+        self.average.copy_to(self.weights.values())
+        self.unet.eval()
+
+    def encoded_log(self) -> bytes:
+        return "".join(map(_encoded, self.log)).encode()
+
+
+def batch_losses(loss: Any, objective: Objective, ready: Batch, samples: Sequence[int], epoch: int) -> Tensor:
+    """(B,) losses of a prepared batch under its own keyed draws."""
+    latents = ready["latents"]
+    draws = objective.draw(samples, epoch, latents.shape[1:]).to(latents.device)
+    extra = {name: ready[name] for name in ("features", "condition", "counts") if name in ready}
+    return loss(latents, draws, **extra)
+
+
+def _encoded(line: LogLine) -> str:
+    return json.dumps(vars(line)) + "\n"
+
+
+def _ignore_signals(worker: int) -> None:
+    # a cluster's SIGTERM reaches data workers too: the trainer still needs them to end its step
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class _Stop:
+    """SIGTERM is remembered instead of obeyed, so that the step in progress ends whole."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._previous: Any = None
+
+    def __enter__(self) -> "_Stop":
+        try:
+            self._previous = signal.signal(signal.SIGTERM, self._remember)
+        except ValueError:  # not the main thread: whoever owns it takes care of signals
+            self._previous = None
+        return self
+
+    def _remember(self, number: int, frame: object) -> None:
+        self.asked = True
+
+    def __exit__(self, *exc: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)

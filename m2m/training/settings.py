@@ -1,0 +1,61 @@
+"""The settings that pre-training and fine-tuning share.
+
+Belongs here: fields and what they mean. Not here: the settings of one stage (they stand beside its function).
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from m2m.config import Compute, Incidental, StageConfig
+
+_PAPER_SILENT = "the paper does not say"
+
+
+class TrainingSettings(StageConfig):
+    """How a training goes, whatever it trains on."""
+
+    images_per_set: int = Field(
+        5, ge=2, description=f"N; M2M-Self: 5 (paper, section 7.1); for M2M-DINO and fine-tuning {_PAPER_SILENT}"
+    )
+    batch: int = Field(
+        256, ge=1, description=f"total batch over all processes, counted in sets ({_PAPER_SILENT} which)"
+    )
+    micro_batch: int = Field(4, ge=1, description="sets in one forward pass of one process; gradients are accumulated")
+    epochs: int = Field(1, ge=1, description=f"passes over the sets; {_PAPER_SILENT}")
+    steps: int | None = Field(None, ge=1, description="optimizer steps instead of epochs, whichever ends first")
+    learning_rate: float = Field(1e-5, gt=0, description="constant")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear growth from 0 to the learning rate")
+    weight_decay: float = Field(1e-2, ge=0, description=f"AdamW's default; {_PAPER_SILENT}")
+    gradient_clip: float = Field(1.0, gt=0, description=f"largest norm of the whole gradient; {_PAPER_SILENT}")
+    ema_decay: float = Field(
+        0.9999,
+        ge=0,
+        lt=1,
+        description=f"of the averaged weights, which are exported; grows to it as (1 + n) / (10 + n); {_PAPER_SILENT}",
+    )
+    timesteps: Literal["image", "set"] = Field(
+        "image",
+        description="one timestep for each image, as Stable Diffusion's trainings draw them and as sampling visits "
+        "images, or one shared by a set (Eq. 5 writes a single t)",
+    )
+    context_dropout: float = Field(
+        0.1, ge=0, le=1, description="share of sets trained without preceding images (section 6.1); dropped by set"
+    )
+    seed: int = Field(0, ge=0, description="of all that is drawn, by (seed, epoch, sample)")
+    gradient_checkpointing: bool = Field(False, description="compute activations twice instead of keeping them")
+    checkpoint_every: Annotated[int, Incidental()] = Field(1000, ge=1, description="steps")
+    keep_checkpoints: Annotated[int, Incidental()] = Field(2, ge=1)
+    workers: Annotated[int, Incidental()] = Field(0, ge=0, description="processes that read data; 0: this one")
+    validation_sets: int = Field(64, ge=0, description="held-out sets of the validation loss, before and after")
+    sample_sets: int = Field(4, ge=0, description="held-out sets in the sample picture; 0: no picture")
+    sample_images: int = Field(4, ge=1, description="images generated for each of them")
+    num_inference_steps: int = Field(50, ge=1, description="DDIM steps of the sample picture")
+    guidance_scale: float = Field(7.5, ge=1, description="of the sample picture")
+    compute: Compute = Compute()
+
+    @model_validator(mode="after")
+    def _dtype_can_train(self) -> "TrainingSettings":
+        if self.compute.dtype == "float16":
+            raise ValueError("training in float16 would need loss scaling: take compute.dtype bfloat16 or float32")
+        return self

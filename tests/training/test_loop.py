@@ -1,0 +1,169 @@
+"""The loop: exact resume under faults, sums over micro-batches, averaged weights, stops that say why."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from m2m.errors import CheckFailed, ConfigError, InputError
+from m2m.training import checkpoints
+from m2m.training.loop import LOG, STOPPED
+from tests.training.toy import ToySets, toy_training, toy_unet
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted")
+    unet, _ = toy_training(out)
+    return unet.state_dict(), (out / LOG).read_text()
+
+
+def assert_equal_training(out: Path, unet, uninterrupted) -> None:
+    weights, log = uninterrupted
+    assert (out / LOG).read_text() == log
+    for name, tensor in unet.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+@pytest.mark.parametrize("reads", [1, 6, 13, 14, 30, 47])
+def test_an_interrupted_and_resumed_training_is_the_uninterrupted_one(tmp_path, reads, uninterrupted):
+    with pytest.raises(KeyboardInterrupt):
+        toy_training(tmp_path, ToySets(fatal_reads=reads))
+    unet, _ = toy_training(tmp_path)
+    assert_equal_training(tmp_path, unet, uninterrupted)
+
+
+def test_a_killed_training_and_one_asked_to_stop_go_on_exactly(tmp_path, uninterrupted):
+    argv = [sys.executable, "-m", "tests.training.toy", str(tmp_path)]
+    done = subprocess.run(argv, cwd=ROOT, timeout=120, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(-signal.SIGKILL), str(STOPPED)]
+    newest = checkpoints.load_newest(tmp_path / "checkpoints", "toy", print)
+    # killed at step 6 after the checkpoint of step 3; then step 4 was the one in progress
+    assert newest is not None and newest.step == 4
+    unet, _ = toy_training(tmp_path)
+    assert_equal_training(tmp_path, unet, uninterrupted)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(tmp_path, uninterrupted, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        toy_training(tmp_path, ToySets(fatal_reads=33))
+    newest = tmp_path / "checkpoints" / "step-000006"
+    content = (newest / "unet.safetensors").read_bytes()
+    (newest / "unet.safetensors").write_bytes(content[:-5] + b"12345")
+    said = []
+    found = checkpoints.load_newest(tmp_path / "checkpoints", "toy", said.append)
+    assert found is not None and found.step == 3
+    assert "unet.safetensors is damaged" in said[0]
+    unet, _ = toy_training(tmp_path)
+    assert_equal_training(tmp_path, unet, uninterrupted)
+
+
+def test_half_written_and_foreign_checkpoints_are_not_used(tmp_path):
+    toy_training(tmp_path, steps=6)
+    folder = tmp_path / "checkpoints"
+    (folder / "step-000006" / "state.json").unlink()
+    said = []
+    assert checkpoints.load_newest(folder, "other settings", said.append) is None
+    assert len(said) == 2 and "made with other settings" in said[1]
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path):
+    toy_training(tmp_path, checkpoint_every=1, keep_checkpoints=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000011", "step-000012"]
+
+
+def test_the_log_has_every_step_once_and_no_times(uninterrupted):
+    lines = [json.loads(line) for line in uninterrupted[1].splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert [line["epoch"] for line in lines] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert set(lines[0]) == {"step", "epoch", "loss", "smoothed", "lr", "grad_norm"}
+    assert all(line["lr"] == 1e-3 for line in lines)
+
+
+@pytest.mark.parametrize("micro", [1, 3, 4])
+def test_the_result_does_not_depend_on_the_micro_batch(tmp_path, micro, uninterrupted):
+    _, log = toy_training(tmp_path, micro_batch=micro, steps=3)
+    reference = [json.loads(line) for line in uninterrupted[1].splitlines()]
+    for line, other in zip(log, reference[:3], strict=True):
+        assert line.loss == pytest.approx(other["loss"], rel=1e-4)
+        assert line.grad_norm == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
+def test_data_workers_change_nothing(tmp_path, uninterrupted):
+    unet, _ = toy_training(tmp_path, workers=2)
+    assert_equal_training(tmp_path, unet, uninterrupted)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path, uninterrupted):
+    _, log = toy_training(tmp_path, gradient_checkpointing=True, steps=2)
+    reference = [json.loads(line) for line in uninterrupted[1].splitlines()]
+    assert [line.loss for line in log] == pytest.approx([line["loss"] for line in reference[:2]], rel=1e-5)
+
+
+def test_the_exported_weights_are_the_average(tmp_path):
+    raw = []
+    for steps in (1, 2, 3):
+        toy_training(tmp_path / str(steps), steps=steps, ema_decay=0.5)
+        found = checkpoints.load_newest(tmp_path / str(steps) / "checkpoints", "toy", print)
+        assert found is not None
+        raw.append(found.tensors["unet"])
+    unet, _ = toy_training(tmp_path / "3", steps=3, ema_decay=0.5)
+    # decays grow as (1 + n) / (10 + n): 0 for the first step, then 2/11, 3/12
+    for name, tensor in unet.state_dict().items():
+        expected = raw[0][name]
+        for decay, later in zip((2 / 11, 3 / 12), raw[1:]):
+            expected = decay * expected + (1 - decay) * later[name]
+        assert torch.allclose(tensor, expected, atol=1e-6), name
+
+
+def test_the_loss_falls(tmp_path):
+    _, log = toy_training(tmp_path, ToySets(features=True), epochs=25, learning_rate=3e-3, batch=12, micro_batch=12)
+    assert log[-1].smoothed < 0.7 * log[0].loss
+
+
+def test_warm_up_grows_to_the_learning_rate(tmp_path):
+    _, log = toy_training(tmp_path, warmup_steps=4, steps=6)
+    assert [line.lr for line in log] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
+
+
+def test_bfloat16_keeps_weights_in_float32(tmp_path):
+    unet, log = toy_training(tmp_path, steps=2, compute={"dtype": "bfloat16", "threads": 1})
+    assert {tensor.dtype for tensor in unet.state_dict().values()} == {torch.float32}
+    assert all(0 < line.loss < 10 for line in log)
+
+
+def test_a_loss_that_is_not_a_number_stops_and_names_the_samples(tmp_path):
+    class Broken(ToySets):
+        def __getitem__(self, key):
+            item = super().__getitem__(key)
+            return item | {"latents": item["latents"] / (item["sample"] != 7)}
+
+    with pytest.raises(CheckFailed, match=r"loss of step \d is (nan|inf).*samples: .*\b7\b") as error:
+        toy_training(tmp_path, Broken(count=8), epochs=1)
+    assert "lower learning_rate" in str(error.value)
+
+
+def test_what_can_not_be_trained_is_said(tmp_path):
+    with pytest.raises(InputError, match="no sets to train on"):
+        toy_training(tmp_path, ToySets(count=0))
+    with pytest.raises(ValueError, match="loss scaling"):
+        toy_training(tmp_path, compute={"dtype": "float16"})
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match=r"compute\.device=cpu"):
+            toy_training(tmp_path, compute={"device": "cuda"})
+
+
+def test_fewer_sets_than_a_batch_are_one_step_an_epoch(tmp_path):
+    _, log = toy_training(tmp_path, ToySets(count=3), batch=256, epochs=2)
+    assert [line.epoch for line in log] == [0, 1]
+
+
+def test_the_untrained_toy_is_always_the_same():
+    first, second = toy_unet(), toy_unet()
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))

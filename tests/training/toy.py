@@ -1,0 +1,133 @@
+"""A training that takes a second: sets whose images share one value, and a U-Net just large enough to notice.
+
+Run as a module it trains in processes that are really killed.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from m2m.config import Compute
+from m2m.generation.noise import keyed_generator, keyed_normal
+from m2m.models.unet import ManyToManyUNet
+from m2m.progress import Progress
+from m2m.training.acceleration import open_accelerator
+from m2m.training.loop import LogLine, train
+from m2m.training.objective import Objective, SetLoss
+from m2m.training.settings import TrainingSettings
+
+FEATURES = 12
+UNET_CONFIG = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "attention_head_dim": (1, 2),
+    "cross_attention_dim": 16,
+    "norm_num_groups": 4,
+    "use_linear_projection": True,
+}
+COMPUTE = Compute(threads=1)
+
+
+class ToySets:
+    """Sets of N 4x8x8 latents near one value of the set; DINO-like features hold that value."""
+
+    def __init__(self, count: int = 12, images: int = 3, features: bool = False, fatal_reads: int = -1) -> None:
+        self.count, self.images, self.features = count, images, features
+        self.reads, self.fatal_reads = 0, fatal_reads
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        _, sample = key
+        self.reads += 1
+        if self.reads == self.fatal_reads:
+            self.fail(sample)
+        value = float(keyed_generator(5, sample).standard_normal())
+        item = {
+            "sample": torch.tensor(sample),
+            "latents": value + 0.1 * keyed_normal(6, sample, shape=(self.images, 4, 8, 8)),
+        }
+        if self.features:
+            item["features"] = torch.full((self.images - 1, 2, FEATURES), value)
+        return item
+
+    def fail(self, sample: int) -> None:
+        raise KeyboardInterrupt
+
+
+def toy_unet(variant: str = "self", **own: Any) -> ManyToManyUNet:
+    return ManyToManyUNet.from_text_to_image(UNET_CONFIG, variant, FEATURES, seed=3, **own)  # type: ignore[arg-type]
+
+
+def toy_settings(**changes: Any) -> TrainingSettings:
+    return TrainingSettings.model_validate(
+        {
+            "images_per_set": 3,
+            "batch": 4,
+            "micro_batch": 2,
+            "epochs": 4,
+            "learning_rate": 1e-3,
+            "ema_decay": 0.9,
+            "checkpoint_every": 3,
+            "compute": COMPUTE,
+            **changes,
+        }
+    )
+
+
+def toy_training(out: Path, data: ToySets | None = None, **changes: Any) -> tuple[ManyToManyUNet, list[LogLine]]:
+    """Train in `out`; returns the trained U-Net and the log."""
+    settings = toy_settings(**changes)
+    data = ToySets() if data is None else data
+    unet = toy_unet("dino" if data.features else "self")
+    out.mkdir(parents=True, exist_ok=True)
+    log = train(
+        settings,
+        SetLoss(unet, DDPMScheduler()),
+        Objective(settings.seed, settings.timesteps, settings.context_dropout),
+        data,
+        out,
+        Progress(quiet=True),
+        open_accelerator(settings.compute),
+        belongs_to="toy",
+    )
+    return unet, log
+
+
+class Signalled(ToySets):
+    """Sends this process a signal while it trains."""
+
+    def __init__(self, reads: int, number: signal.Signals) -> None:
+        super().__init__(fatal_reads=reads)
+        self.number = number
+
+    def fail(self, sample: int) -> None:
+        os.kill(os.getpid(), self.number)
+
+
+def ended(out: Path, reads: int, number: signal.Signals) -> int:
+    """Train in a process of its own that gets the signal at that read; how it ended (negative: the signal)."""
+    child = os.fork()
+    if child == 0:
+        try:
+            toy_training(out, Signalled(reads, number))
+        except SystemExit as stop:
+            os._exit(int(str(stop.code)))
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+if __name__ == "__main__":
+    # imports take seconds and forks none: both faults in one program, before torch has threads that a fork would lose
+    folder = Path(sys.argv[1])
+    print(ended(folder, 22, signal.SIGKILL), ended(folder, 3, signal.SIGTERM))
