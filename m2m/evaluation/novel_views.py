@@ -1,0 +1,195 @@
+"""New views of held-out objects (paper, section 8.5.1 and Fig. 7), measured against the true views.
+
+Belongs here: which views precede, which are asked for, what the result is compared with. Not here: reading renders.
+
+LPIPS, which view synthesis often reports as well, is left out: its weights come with torchvision, which this project
+does not need otherwise.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from m2m.config import SourcePath
+from m2m.data.objaverse import ObjaverseViews, PosedViews, relative_poses
+from m2m.errors import InputError
+from m2m.evaluation.grids import write_grid
+from m2m.evaluation.measures import cosine, psnr, ssim
+from m2m.evaluation.protocol import EvaluationConfig, Sampler, at_size, conclude, each_picture, in_batches
+from m2m.stages import StageRun
+
+_MEASURES = {"psnr": "PSNR, dB", "ssim": "SSIM", "dino": "DINO likeness"}
+_NEAREST, _CEILING = "the nearest preceding view, copied", "the true view through the autoencoder"
+
+
+class NovelViews(EvaluationConfig):
+    """Settings of the evaluation of novel views."""
+
+    objaverse: SourcePath = Field(description="renders in zero123's layout; their validation split is evaluated")
+    objects: int = Field(100, ge=1, description="random held-out objects; all where there are fewer")
+    preceding: list[int] = Field([1, 2, 4, 8], min_length=1, description="numbers of preceding views")
+    targets: int = Field(4, ge=1, description="views asked for: each object's last ones, for every number the same")
+    condition_guidance_scale: float | None = Field(
+        None, description="s_C of Eq. 7, for the camera; without one the pipeline's default"
+    )
+
+
+def evaluate_novel_views(config: NovelViews, run: StageRun) -> None:
+    """Generate the last views of held-out objects from the first 1, 2, ... ones, each directly from true views.
+
+    Compared with the true views by PSNR, SSIM and DINOv2 cosine, beside copying the preceding view whose camera is
+    nearest, and beside the autoencoder's own loss. The grids show sequences generated one after the other, as Fig. 7.
+
+    Raises:
+        InputError: no held-out objects with enough views.
+    """
+    dino = config.open_dino(run)
+    sampler = Sampler(run.inputs["m2m_nvs"], "dino", config)
+    objects = _held_out(config, run)
+    most = max(config.preceding)
+
+    def measure(batch: range) -> dict[str, Tensor]:
+        views = [objects[i] for i in batch]
+        images = at_size(torch.stack([torch.as_tensor(view.images) for view in views]), sampler.size)
+        poses = torch.stack([_poses(view) for view in views])
+        truth = images[:, -config.targets :]
+        known = each_picture(dino.pictures, truth)
+        told: dict[str, Tensor] = {}
+
+        def score(name: str, made: Tensor) -> None:
+            told[f"{name}.psnr"] = each_pair(psnr, made, truth)
+            told[f"{name}.ssim"] = each_pair(ssim, made, truth)
+            told[f"{name}.dino"] = cosine(each_picture(dino.pictures, made), known)
+
+        for count in config.preceding:
+            made = _each_target(config, sampler, list(batch), images[:, :count], poses, count)
+            score(f"m2m.{count}", made)
+            nearest = torch.stack([_nearest(view, count, config.targets) for view in views])
+            score(f"nearest.{count}", torch.stack([row[place] for row, place in zip(images, nearest)]))
+        score("ceiling", sampler.reconstruct(truth))
+        told["sequence"] = _sequence(config, sampler, list(batch), images, poses)
+        score("sequence", told["sequence"])
+        shown = max(0, config.shown - batch.start)
+        return told | {"sequence": told["sequence"][:shown], "first": images[:shown, :1], "truth": truth[:shown]}
+
+    found = in_batches(run, "objects", len(objects), config.batch, measure)
+    rows = [[a, b, c] for a, b, c in zip(found["first"], found["sequence"], found["truth"])]
+    run.picture(
+        f"One preceding view, {config.targets} generated one after the other, and the true ones",
+        write_grid(run.out / "views.png", rows),
+    )
+    _tell(config, run, found, len(objects), most)
+
+
+def view_angles(poses: Tensor) -> Tensor:
+    """Angles between the directions from which cameras see the origin.
+
+    Args:
+        poses: (V, 3, 4) world-to-camera [R, T]; the camera's centre is -R^T T.
+
+    Returns:
+        (V, V) in radians.
+    """
+    rotation, translation = poses[:, :, :3].double(), poses[:, :, 3].double()
+    centres = -(rotation.mT @ translation[:, :, None])[:, :, 0]
+    directions = torch.nn.functional.normalize(centres, dim=-1)
+    return (directions @ directions.T).clamp(-1, 1).acos()
+
+
+def each_pair(measure: Any, pictures: Tensor, truth: Tensor) -> Tensor:
+    """Apply a measure of (n, 3, H, W) pairs to (B, n, 3, H, W) ones; float64 (B, n)."""
+    return measure(pictures.flatten(0, 1), truth.flatten(0, 1)).double().unflatten(0, pictures.shape[:2])
+
+
+def _held_out(config: NovelViews, run: StageRun) -> list[PosedViews]:
+    views = ObjaverseViews(run.source(config.objaverse), "val")
+    needed = max(config.preceding) + config.targets
+    chosen = config.choose(len(views), config.objects, "objects")
+    objects = [views[i] for i in chosen]
+    kept = [item for item in objects if len(item.images) >= needed]
+    if not kept:
+        raise InputError(
+            f"{config.objaverse}: none of {len(objects)} held-out objects has the {needed} views that preceding "
+            f"(up to {max(config.preceding)}) and targets ({config.targets}) need"
+        )
+    if dropped := len(objects) - len(kept) + len(views.set_aside):
+        run.progress.log(f"{dropped} held-out objects are left out: unreadable, or fewer than {needed} views")
+    return kept
+
+
+def _poses(view: PosedViews) -> Tensor:
+    return torch.as_tensor(relative_poses(view.poses, reference=0)).float()
+
+
+def _conditions(config: NovelViews) -> dict[str, Any]:
+    scale = config.condition_guidance_scale
+    return {} if scale is None else {"condition_guidance_scale": scale}
+
+
+def _each_target(
+    config: NovelViews, sampler: Sampler, keys: Sequence[int], preceding: Tensor, poses: Tensor, count: int
+) -> Tensor:
+    """Every target from the preceding true views alone; uint8 (B, targets, 3, H, W)."""
+    made = [
+        sampler.continue_sets(
+            preceding,
+            keys,
+            first_image=n,
+            condition=poses[:, :count],
+            target_condition=poses[:, n - config.targets, None],
+            **_conditions(config),
+        )
+        for n in range(config.targets)
+    ]
+    return torch.cat(made, 1)
+
+
+def _sequence(config: NovelViews, sampler: Sampler, keys: Sequence[int], images: Tensor, poses: Tensor) -> Tensor:
+    """The targets one after the other from one view, each seeing the ones generated before it."""
+    return sampler.continue_sets(
+        images[:, :1],
+        keys,
+        config.targets,
+        condition=poses[:, :1],
+        target_condition=poses[:, -config.targets :],
+        **_conditions(config),
+    )
+
+
+def _nearest(view: PosedViews, count: int, targets: int) -> Tensor:
+    """For each target, which of the first `count` views is seen from the nearest direction."""
+    return view_angles(torch.as_tensor(view.poses))[-targets:, :count].argmin(1)
+
+
+def _tell(config: NovelViews, run: StageRun, found: Mapping[str, Tensor], objects: int, most: int) -> None:
+    def row(name: str, key: str, count: int | None) -> dict[str, Any]:
+        means = {title: found[f"{key}.{measure}"].mean().item() for measure, title in _MEASURES.items()}
+        return {"views": name, "preceding views": count, **means}
+
+    rows = [row("M2M-DINO", f"m2m.{count}", count) for count in config.preceding]
+    rows.append(row("M2M-DINO, one after the other", "sequence", 1))
+    rows += [row(_NEAREST, f"nearest.{count}", count) for count in config.preceding]
+    rows.append(row(_CEILING, "ceiling", None))
+    run.table("New views against the true ones", rows)
+    x = [float(count) for count in config.preceding]
+    for title in _MEASURES.values():
+        run.curve(
+            f"{title} by number of preceding views",
+            {
+                "preceding views": x,
+                "M2M-DINO": [r[title] for r in rows if r["views"] == "M2M-DINO"],
+                _NEAREST: [r[title] for r in rows if r["views"] == _NEAREST],
+                _CEILING: [rows[-1][title]] * len(x),
+            },
+        )
+    best = rows[len(config.preceding) - 1]
+    run.figure(
+        **{f"{title} from {most} views": round(best[title], 4) for title in _MEASURES.values()},
+        lpips="left out: it needs torchvision's weights",
+    )
+    generated = objects * config.targets * (len(config.preceding) + 1)
+    run.count(objects=objects, generated_images=generated)
+    conclude(run, {"rows": rows})

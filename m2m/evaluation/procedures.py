@@ -1,0 +1,168 @@
+"""The next steps of held-out procedures (paper, section 8.5.2 and Fig. 8), measured against the true ones.
+
+Belongs here: what precedes, what is compared, what a generated step is told apart from. Not here: reading VGSI.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from m2m.config import SourcePath
+from m2m.data.vgsi import Procedures
+from m2m.errors import InputError
+from m2m.evaluation.grids import write_grid
+from m2m.evaluation.measures import cosine, psnr
+from m2m.evaluation.protocol import EvaluationConfig, Sampler, conclude, in_batches
+from m2m.generation.noise import keyed_generator, namespaced
+from m2m.stages import StageRun
+
+_MODEL, _SHUFFLED, _COPY = "M2M-DINO", "M2M-DINO, preceding steps out of order", "the last preceding step, copied"
+_MEASURES = {"psnr": "PSNR, dB", "dino": "DINO likeness", "clip": "CLIP likeness"}
+
+
+class NextSteps(EvaluationConfig):
+    """Settings of the evaluation of procedures."""
+
+    vgsi: SourcePath = Field(description="VGSI's folder; its test split is evaluated")
+    procedures: int = Field(200, ge=2, description="random held-out procedures; all where there are fewer")
+    preceding: int = Field(4, ge=1, description="steps that precede, where a procedure has more; else all but its last")
+    num_images: int = Field(4, ge=1, description="steps generated in the grids (Fig. 8), where a procedure has them")
+    distractors: int = Field(9, ge=1, description="steps of other procedures among which the true next one is sought")
+    condition_guidance_scale: float | None = Field(
+        None, description="s_C of Eq. 7, for the position; without one the pipeline's default"
+    )
+
+
+def evaluate_procedures(config: NextSteps, run: StageRun) -> None:
+    """Generate the next step of held-out procedures and compare it with the true one.
+
+    Beside it: the same with the preceding images given out of order (what is lost is what the model made of the order),
+    and copying the last step. The true next step is also sought, by DINOv2 likeness to the generated one, among steps
+    of other procedures and among its own procedure's steps.
+
+    Raises:
+        InputError: fewer than two held-out procedures with two steps or more.
+    """
+    dino, clip = config.open_dino(run), config.open_clip(run)
+    sampler = Sampler(run.inputs["m2m_vgsi"], "dino", config)
+    procedures = Procedures(run.source(config.vgsi), "test")
+    chosen = [
+        i for i in config.choose(len(procedures), len(procedures), "procedures") if len(procedures[i].step_ids) > 1
+    ]
+    chosen = [chosen[i] for i in config.choose(len(chosen), config.procedures, "long procedures")]
+    if len(chosen) < 2:
+        raise InputError(
+            f"{config.vgsi}: {len(chosen)} held-out procedures have two steps or more; at least two are compared"
+        )
+
+    def measure(batch: range) -> dict[str, Tensor]:
+        # procedures differ in length: each is a batch of its own, and the two orders of its steps are sampled together
+        told: dict[str, list[Tensor]] = {}
+        for place in batch:
+            for key, value in one(place).items():
+                told.setdefault(key, []).append(value)
+        return {key: torch.stack(values) for key, values in told.items()}
+
+    def one(place: int) -> dict[str, Tensor]:
+        steps = torch.as_tensor(procedures.images(chosen[place], sampler.size))
+        before = min(config.preceding, len(steps) - 1)
+        order = _out_of_order(config, place, before)
+        given = torch.stack([steps[:before], steps[order]])
+        made = _next(config, sampler, given, [place, place], before, 1)[:, 0]
+        truth, copied = steps[before], steps[before - 1]
+        pictures = torch.stack([*made, copied, truth])
+        others = [(place + 1 + int(offset)) % len(chosen) for offset in _offsets(config, place, len(chosen))]
+        distractors = torch.stack([_a_step(config, procedures, chosen[i], place, i, sampler.size) for i in others])
+        told = {"psnr": psnr(pictures[:3], truth.expand_as(pictures[:3])).double()}
+        seen = dino.pictures(torch.cat([pictures, distractors, steps]))
+        like = cosine(seen[:3, None], seen[None, 3:])
+        told["dino"] = like[:, 0]
+        embedded = clip.pictures(pictures)
+        told["clip"] = cosine(embedded[:3], embedded[3])
+        told["among_others"] = (like[:, 0] > like[:, 1 : 1 + len(others)].amax(1)).double()
+        own = like[:, 1 + len(others) :]
+        told["among_own"] = (own.argmax(1) == before).double()
+        told["chance_own"] = torch.tensor(1 / len(steps), dtype=torch.float64)
+        # what was in order has no other order with fewer than two preceding steps
+        told["reordered"] = torch.tensor(before > 1)
+        return told
+
+    found = in_batches(run, "procedures", len(chosen), config.batch, measure)
+    rows = _rows(found)
+    run.table("The next step against the true one", rows)
+    _show(config, run, sampler, procedures, chosen)
+    distractors = min(config.distractors, len(chosen) - 1)
+    run.table(
+        "Finding the true next step by the generated one",
+        [
+            {
+                "sought with": row["image"],
+                f"among {distractors} steps of others": row.pop("among others"),
+                "chance": 1 / (1 + distractors),
+                "among its own steps": row.pop("among own"),
+                "chance among its own": found["chance_own"].mean().item(),
+            }
+            for row in rows
+        ],
+    )
+    run.figure(**{f"{title}, next step": round(rows[0][title], 4) for title in _MEASURES.values()})
+    run.count(procedures=len(chosen), generated_images=len(chosen) * 2)
+    conclude(run, {"rows": rows, "found": run.summary["tables"]["Finding the true next step by the generated one"]})
+
+
+def _next(
+    config: NextSteps, sampler: Sampler, given: Tensor, keys: Sequence[int], before: int, num_images: int
+) -> Tensor:
+    """Steps after the first `before` ones; positions count from 0."""
+    positions = torch.arange(before + num_images, dtype=torch.float32)[None, :, None].expand(len(given), -1, 1)
+    conditions: dict[str, Any] = {"condition": positions[:, :before], "target_condition": positions[:, before:]}
+    if config.condition_guidance_scale is not None:
+        conditions["condition_guidance_scale"] = config.condition_guidance_scale
+    return sampler.continue_sets(given, keys, num_images, **conditions)
+
+
+def _out_of_order(config: NextSteps, place: int, before: int) -> list[int]:
+    """An order of the preceding steps in which not all are in place (if there are two)."""
+    drawn = keyed_generator(namespaced(config.seed, "out of order"), place)
+    order = list(range(before))
+    while before > 1 and order == list(range(before)):
+        order = drawn.permutation(before).tolist()
+    return order
+
+
+def _offsets(config: NextSteps, place: int, count: int) -> list[int]:
+    drawn = keyed_generator(namespaced(config.seed, "distractors"), place)
+    return drawn.permutation(count - 1)[: config.distractors].tolist()
+
+
+def _a_step(config: NextSteps, procedures: Procedures, index: int, place: int, other: int, size: int) -> Tensor:
+    drawn = keyed_generator(namespaced(config.seed, "distractor step"), place, other)
+    steps = procedures.images(index, size)
+    return torch.as_tensor(steps[int(drawn.integers(len(steps)))])
+
+
+def _rows(found: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    rows = []
+    reordered = found["reordered"]
+    for place, name in enumerate((_MODEL, _SHUFFLED, _COPY)):
+        counted = reordered if name == _SHUFFLED and reordered.any() else torch.ones_like(reordered)
+        row: dict[str, Any] = {"image": name}
+        for key, title in {**_MEASURES, "among_others": "among others", "among_own": "among own"}.items():
+            row[title] = found[key][counted, place].mean().item()
+        rows.append(row)
+    return rows
+
+
+def _show(config: NextSteps, run: StageRun, sampler: Sampler, procedures: Procedures, chosen: Sequence[int]) -> None:
+    """Preceding steps, generated ones (one after the other), the true ones."""
+    rows = []
+    for place, index in enumerate(chosen[: config.shown]):
+        steps = torch.as_tensor(procedures.images(index, sampler.size))
+        before = min(config.preceding, max(1, len(steps) // 2))
+        following = min(config.num_images, len(steps) - before)
+        made = _next(config, sampler, steps[None, :before], [place], before, following)[0]
+        rows.append([steps[:before], made, steps[before : before + following]])
+    run.picture("Preceding steps, generated ones, and the true ones", write_grid(run.out / "steps.png", rows))

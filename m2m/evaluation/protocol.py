@@ -1,0 +1,270 @@
+"""What all evaluations share: their settings, how sets are continued, how work is kept and how it ends.
+
+Belongs here: sampling with keyed noise, batches that survive a crash, the closing check. Not here: what is measured.
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from torch.nn import functional as F
+
+from m2m import artifacts
+from m2m.config import Compute, ModelSource, Settings, Source, StageConfig, source_digest
+from m2m.data.sets import ImageSets
+from m2m.errors import ArtifactError, InputError, M2MError
+from m2m.evaluation.encoders import Clip, Dino, Reader
+from m2m.generation.noise import keyed_generator, keyed_normal, namespaced
+from m2m.stages import StageRun
+
+MODELS = {"self": "M2M-Self", "dino": "M2M-DINO"}
+"""Variant -> its name in the paper; the stage's inputs are `m2m_self` and `m2m_dino`."""
+_PARTS = ".parts"
+
+
+class Sampling(Settings):
+    """How pictures are sampled: the paper's appendix A."""
+
+    num_inference_steps: int = Field(50, ge=1, description="DDIM steps")
+    guidance_scale: float = Field(7.5, ge=1, description="s of Eq. 6, for the preceding images")
+    context_window: int | None = Field(
+        None, ge=1, description="W of section 6.1, which names no value; without one all preceding images are seen"
+    )
+
+
+class EvaluationConfig(StageConfig):
+    """The base of every evaluation's settings."""
+
+    sampling: Sampling = Sampling()
+    seed: int = Field(0, ge=0, description="namespace of the noise, keyed by (set, image), and of all choices")
+    batch: int = Field(4, ge=1, description="sets sampled at a time")
+    shown: int = Field(4, ge=1, description="sets in the picture grids")
+    dino: ModelSource = Field(description="DINOv2, for similarities")
+    dino_pooling: Literal["cls", "mean"] = Field(
+        "cls", description="a picture's descriptor: the class token, or the mean of all tokens"
+    )
+    clip: ModelSource = Field(description="CLIP with its tokenizer, for CLIP scores; the paper does not name it")
+    reader: Annotated[str | None, Source()] = Field(
+        None, description="classifier that reads the tiny world's attributes off pictures; none outside that world"
+    )
+    compute: Compute = Compute()
+
+    def preview(self, root: Path, variant: str | None) -> list[str]:
+        """Every source of the settings is there (hub ids stand for themselves)."""
+        found = []
+        for name, info in type(self).model_fields.items():
+            value = getattr(self, name)
+            if value is not None and any(isinstance(mark, Source) for mark in info.metadata):
+                source_digest(value, root)
+                found.append(f"{name}: {value}")
+        return found
+
+    def open_clip(self, run: StageRun) -> Clip:
+        return Clip(self.clip, run.profile.root, self.compute)
+
+    def open_dino(self, run: StageRun) -> Dino:
+        return Dino(self.dino, run.profile.root, self.compute, self.dino_pooling)
+
+    def open_reader(self, run: StageRun) -> Reader | None:
+        return Reader(self.reader, run.profile.root, self.compute) if self.reader else None
+
+    def choose(self, available: int, wanted: int, purpose: str) -> list[int]:
+        """`wanted` of `available` items, or all where there are fewer: a random choice of the seed, in order."""
+        order = keyed_generator(namespaced(self.seed, purpose)).permutation(available)
+        return sorted(order[:wanted].tolist())
+
+
+class Sampler:
+    """One trained model that continues sets of pictures, with noise keyed by (set, image)."""
+
+    def __init__(self, folder: Path, variant: str, config: EvaluationConfig) -> None:
+        from m2m.pipelines.many_to_many import load_pipeline
+
+        torch.set_num_threads(config.compute.threads)
+        self.pipeline = load_pipeline(folder, variant, config.compute)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self._config = config
+        self._noise = namespaced(config.seed, "evaluation noise")
+        unet = self.pipeline.unet.config
+        size = int(unet.sample_size)
+        self.size = size * int(self.pipeline.vae_scale_factor)
+        self._latent_shape = (int(unet.in_channels), size, size)
+
+    def continue_sets(
+        self,
+        preceding: Tensor,
+        keys: Sequence[int],
+        num_images: int = 1,
+        *,
+        first_image: int = 0,
+        guidance_scale: float | None = None,
+        **conditions: Any,
+    ) -> Tensor:
+        """Generate the next pictures of sets, each seeing the ones before it.
+
+        Args:
+            preceding: uint8 (B, W, 3, H, W).
+            keys: one number a set: the same key and image number give the same noise in every batch and run.
+            first_image: number of the first generated image in the noise's key.
+            guidance_scale: instead of the settings'.
+            conditions: `condition`, `target_condition`, `condition_guidance_scale` of the pipeline.
+
+        Returns:
+            uint8 (B, num_images, 3, H, W) on the CPU.
+
+        Raises:
+            ArtifactError: the model makes pictures that are not finite.
+        """
+        numbers = range(first_image, first_image + num_images)
+        noise = [
+            torch.stack([keyed_normal(self._noise, key, n, shape=self._latent_shape) for n in numbers]) for key in keys
+        ]
+        sampling = self._config.sampling
+        made = self.pipeline(
+            images=preceding.float() / 255,
+            num_images=num_images,
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale if guidance_scale is None else guidance_scale,
+            context_window=sampling.context_window,
+            latents=torch.stack(noise),
+            output_type="pt",
+            **conditions,
+        ).images
+        return _to_bytes(made)
+
+    @torch.inference_mode()
+    def reconstruct(self, pictures: Tensor) -> Tensor:
+        """Pictures uint8 (..., 3, H, W) through the autoencoder and back: the best that the model could do."""
+        vae: Any = self.pipeline.vae
+        pixels = pictures.reshape(-1, *pictures.shape[-3:]).to(vae.device, vae.dtype) / 127.5 - 1
+        decoded = vae.decode(vae.encode(pixels).latent_dist.mode(), return_dict=False)[0]
+        return _to_bytes(decoded / 2 + 0.5).reshape(pictures.shape)
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (n, C, h, w) -> uint8 pictures (n, 3, H, W)."""
+        vae: Any = self.pipeline.vae
+        decoded = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        return _to_bytes(decoded / 2 + 0.5)
+
+
+def samplers(config: EvaluationConfig, run: StageRun) -> Iterable[tuple[str, Sampler]]:
+    """Both models, one after the other (each is freed before the next is loaded), by their name in the paper."""
+    for variant, name in MODELS.items():
+        yield name, Sampler(run.inputs[f"m2m_{variant}"], variant, config)
+
+
+class SetPictures:
+    """The pictures of generate-sets' test split: the stored ones, or decoded latents where a profile stores none."""
+
+    def __init__(self, run: StageRun, decoder: Sampler) -> None:
+        self._sets = ImageSets(run.inputs["sets"], "test")
+        self._decoder = None
+        if not len(self._sets):
+            raise InputError(
+                f"{run.inputs['sets']} holds no sets of the test split: give it a share of the captions "
+                "(filter-captions' settings of the splits)"
+            )
+        try:
+            self._sets.pictures(0, [0])
+        except M2MError:
+            self._decoder = decoder  # the profile stores latents alone
+
+    def __len__(self) -> int:
+        return len(self._sets)
+
+    @property
+    def images_per_set(self) -> int:
+        return len(self._sets.latents(0))
+
+    def caption(self, i: int) -> str:
+        return self._sets.caption(i)
+
+    def key(self, i: int) -> int:
+        """The caption's id: the key of the set's noise."""
+        return int(self._sets.caption_id(i))
+
+    def pictures(self, i: int, which: Sequence[int]) -> Tensor:
+        """uint8 (len(which), 3, H, W)."""
+        if self._decoder is not None:
+            return self._decoder.decode(self._sets.latents(i)[list(which)])
+        return self._sets.pictures(i, which)
+
+    def stack(self, indices: Sequence[int], which: Sequence[int]) -> Tensor:
+        """uint8 (len(indices), len(which), 3, H, W)."""
+        return torch.stack([self.pictures(i, which) for i in indices])
+
+
+def in_batches(
+    run: StageRun, name: str, count: int, batch: int, measure: Callable[[range], Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Measure items batch by batch; each batch's results are kept, so that a killed run goes on where it was.
+
+    Args:
+        name: what is measured; also the place of the kept results.
+        measure: given a range of item numbers, tensors by name; concatenated along their first axis in the end.
+    """
+    folder = run.out / _PARTS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = []
+    starts = range(0, count, batch)
+    for first in run.progress.each(starts, total=len(starts), unit="batch", label=name):
+        path = folder / f"{first:07d}.safetensors"
+        part = _read_part(path)
+        if part is None:
+            measured = measure(range(first, min(count, first + batch)))
+            part = {key: value.contiguous() for key, value in measured.items()}
+            artifacts.write_bytes(path, save(part))
+        parts.append(part)
+    return {key: torch.cat([part[key] for part in parts]) for key in (parts[0] if parts else ())}
+
+
+def conclude(run: StageRun, metrics: Mapping[str, Any]) -> None:
+    """Write `metrics.json`, check that every number in it is finite, and drop what was only kept for a restart."""
+    wrong = _not_finite(metrics, "")
+    run.check("metrics_finite", not wrong, f"not finite: {', '.join(wrong[:5])}")
+    artifacts.write_json(run.out / "metrics.json", dict(metrics))
+    shutil.rmtree(run.out / _PARTS, ignore_errors=True)
+
+
+def at_size(pictures: Tensor, size: int) -> Tensor:
+    """uint8 pictures (..., 3, H, W) brought to size x size; unchanged where they have it."""
+    if pictures.shape[-2:] == (size, size):
+        return pictures
+    pixels = pictures.reshape(-1, *pictures.shape[-3:]).float()
+    scaled = F.interpolate(pixels, (size, size), mode="bicubic", align_corners=False, antialias=True)
+    return scaled.clamp(0, 255).round().to(torch.uint8).reshape(*pictures.shape[:-2], size, size)
+
+
+def each_picture(look: Callable[[Tensor], Tensor], pictures: Tensor) -> Tensor:
+    """Apply what takes (n, 3, H, W) to (B, n, 3, H, W); (B, n, ...)."""
+    return look(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2])
+
+
+def _to_bytes(pictures: Any) -> Tensor:
+    pictures = torch.as_tensor(pictures)
+    if not torch.isfinite(pictures).all():
+        raise ArtifactError("the model made a picture that is not finite: train it again, or use compute.dtype float32")
+    return (pictures.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+def _read_part(path: Path) -> dict[str, Tensor] | None:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        return None
+
+
+def _not_finite(value: Any, where: str) -> list[str]:
+    if isinstance(value, Mapping):
+        return [name for key, inner in value.items() for name in _not_finite(inner, f"{where}.{key}".lstrip("."))]
+    if isinstance(value, list | tuple):
+        return [name for place, inner in enumerate(value) for name in _not_finite(inner, f"{where}[{place}]")]
+    return [where] if isinstance(value, float) and not math.isfinite(value) else []

@@ -1,0 +1,106 @@
+"""Seconds an image by number of preceding images (paper, section 8.6 and Fig. 9).
+
+Belongs here: timing. Not here: arithmetic counted instead of measured (the plan). Times vary: this stage's output is
+declared non-deterministic.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from m2m.config import ModelSource
+from m2m.evaluation.protocol import EvaluationConfig, conclude, samplers
+from m2m.stages import StageRun
+
+_TEXT_TO_IMAGE = "text-to-image model"
+_PROMPT = "three red stars on a white background"
+
+
+class SamplingSpeed(EvaluationConfig):
+    """Settings of the timing."""
+
+    text_to_image: ModelSource = Field(description="what the models are timed against (Fig. 9: SD-2.1-base)")
+    preceding: list[int] = Field([1, 2, 4], min_length=1, description="numbers of preceding images (Fig. 9)")
+    num_images: list[int] = Field([1, 4], min_length=1, description="numbers of generated images")
+    repeats: int = Field(3, ge=1, description="timed calls after one untimed; their median counts")
+
+
+def evaluate_sampling_speed(config: SamplingSpeed, run: StageRun) -> None:
+    """Time single sets through both models, and single images through the text-to-image model, all with DDIM.
+
+    The preceding images are encoded within the timed call; what they hold does not matter for the time.
+    """
+    rows: list[dict[str, Any]] = []
+    plain = _time_text_to_image(config, run)
+    rows.append({"model": _TEXT_TO_IMAGE, "preceding images": 0, "generated images": 1, "seconds an image": plain})
+    for name, sampler in samplers(config, run):
+        size = sampler.size
+        pictures = torch.randint(0, 256, (1, max(config.preceding), 3, size, size), dtype=torch.uint8)
+        for count in config.preceding:
+            for made in config.num_images:
+                seconds = _median_seconds(
+                    config, lambda s=sampler, k=count, n=made: s.continue_sets(pictures[:, :k], [0], n)
+                )
+                row = {"model": name, "preceding images": count, "generated images": made}
+                rows.append(row | {"seconds an image": seconds / made})
+                run.progress.log(f"{name}: {count} preceding, {made} generated: {seconds / made:.3f} s an image")
+    for row in rows:
+        row["times the text-to-image model"] = row["seconds an image"] / plain
+    run.table("Seconds an image", rows)
+    for made in config.num_images:
+        columns: dict[str, list[float]] = {"preceding images": [float(count) for count in config.preceding]}
+        for row in rows[1:]:
+            if row["generated images"] == made:
+                columns.setdefault(row["model"], []).append(row["seconds an image"])
+        columns[_TEXT_TO_IMAGE] = [plain] * len(config.preceding)
+        run.curve(f"Seconds an image, {made} generated", columns)
+    most = max(config.preceding)
+    for row in rows[1:]:
+        if row["preceding images"] == most and row["generated images"] == config.num_images[0]:
+            run.figure(**{f"{row['model']}: seconds an image after {most}": round(row["seconds an image"], 4)})
+    run.figure(device=_device(config), steps=config.sampling.num_inference_steps)
+    run.count(timed_calls=config.repeats * (1 + 2 * len(config.preceding) * len(config.num_images)))
+    conclude(run, {"rows": rows, "device": _device(config)})
+
+
+def _time_text_to_image(config: SamplingSpeed, run: StageRun) -> float:
+    from diffusers import DDIMScheduler
+
+    from m2m.models.text_to_image import load_text_to_image
+
+    torch.set_num_threads(config.compute.threads)
+    pipeline: Any = load_text_to_image(config.text_to_image, Path(run.profile.root), config.compute)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    sampling = config.sampling
+    return _median_seconds(
+        config,
+        lambda: pipeline(
+            _PROMPT, num_inference_steps=sampling.num_inference_steps, guidance_scale=sampling.guidance_scale
+        ),
+    )
+
+
+def _median_seconds(config: SamplingSpeed, call: Callable[[], Any]) -> float:
+    call()  # the first call allocates, picks kernels and compiles
+    taken: list[float] = []
+    for _ in range(config.repeats):
+        started = _now(config)
+        call()
+        taken.append(_now(config) - started)
+    return statistics.median(taken)
+
+
+def _now(config: SamplingSpeed) -> float:
+    if config.compute.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _device(config: SamplingSpeed) -> str:
+    return torch.cuda.get_device_name() if config.compute.device == "cuda" else f"CPU, {config.compute.threads} threads"

@@ -1,0 +1,197 @@
+"""Table 1: FID, Inception Score and CLIP scores by n-th generated image (paper, sections 7.2 and 8.4).
+
+Belongs here: that protocol, and the paper's own figures to set beside ours. Not here: the metrics' arithmetic.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from m2m.config import Source
+from m2m.errors import ConfigError, InputError
+from m2m.evaluation.encoders import ClassifierBackbone, Clip, InceptionBackbone
+from m2m.evaluation.grids import write_grid
+from m2m.evaluation.measures import clip_score, frechet_distance, inception_score, mean_and_deviation
+from m2m.evaluation.protocol import (
+    EvaluationConfig,
+    Sampler,
+    SetPictures,
+    conclude,
+    each_picture,
+    in_batches,
+    samplers,
+)
+from m2m.stages import StageRun
+
+PAPER = {
+    "M2M-Self (9M)": {"fid": (9.56, 1.21), "is": (26.19, 0.67), "text": (22.71, 0.52), "image": (76.29, 0.02)},
+    "M2M-DINO (6M)": {"fid": (8.88, 0.87), "is": (28.07, 0.58), "text": (23.05, 0.49), "image": (77.41, 0.03)},
+}
+"""Table 1 of the paper: mean and standard deviation over the 10 generated images, on 10,000 test sets."""
+SCORES = {"fid": "FID ↓", "is": "IS ↑", "text": "Text-Image CLIP ↑", "image": "Image-Image CLIP ↑"}
+OWN_IMAGES = "the sets' own images"
+
+Backbone = ClassifierBackbone | InceptionBackbone
+
+
+class Table1(EvaluationConfig):
+    """Settings of Table 1."""
+
+    sets: int = Field(10_000, ge=2, description="random test sets; all where there are fewer (paper, section 7.2)")
+    preceding: int = Field(4, ge=1, description="images that each set begins with (section 8.4)")
+    num_images: int = Field(10, ge=1, description="images generated after them, one after the other (section 8.4)")
+    backbone: Literal["inception-v3", "classifier"] = Field(
+        "inception-v3", description="what FID and IS see with; classifier: the tiny world's, 32 features"
+    )
+    inception: Annotated[str | None, Source()] = Field(
+        None, description="the backbone's weights: the classifier's folder, or torch-fidelity's file"
+    )
+    is_splits: int = Field(1, ge=1, description="parts over which IS is averaged; the paper does not say (often 10)")
+
+
+def evaluate_table_1(config: Table1, run: StageRun) -> None:
+    """Continue test sets with both models and score every n-th image; the sets' own images are scored alongside.
+
+    Raises:
+        InputError: not more sets than the backbone has features.
+        ConfigError: the backbone is not installed.
+    """
+    backbone, clip = _open_backbone(config, run), config.open_clip(run)
+    found: dict[str, dict[str, list[float]]] = {}
+    truth: dict[str, Tensor] = {}
+    chosen: list[int] = []
+    for name, sampler in samplers(config, run):
+        sets = SetPictures(run, sampler)
+        if not truth:
+            chosen = config.choose(len(sets), config.sets, "table 1")
+            truth = _look_at_sets(config, run, sets, chosen, backbone, clip)
+            samples, dimension = truth["first"].shape
+            if samples <= dimension:
+                raise InputError(
+                    f"{run.inputs['sets']} has {len(sets)} test sets and table_1 takes {samples}; FID of {dimension} "
+                    f"features needs {dimension + 1} or more: raise evaluate's sets or the share of the test split"
+                )
+            run.progress.log(f"FID: {samples:,} samples of {dimension} features")
+        generated = _continue_sets(config, run, name, sampler, sets, chosen, backbone, clip)
+        found[name] = _scores(config, truth, generated)
+        shown = generated["pictures"][: config.shown]
+        preceding = sets.stack(chosen[: len(shown)], range(config.preceding))
+        path = write_grid(run.out / f"{name}.png", [[a, b] for a, b in zip(preceding, shown)])
+        run.picture(f"{name}: {config.preceding} preceding images, then {config.num_images} generated ones", path)
+    own = {key.removeprefix("own_"): value for key, value in truth.items() if key.startswith("own_")}
+    if own["features"].shape[1]:
+        found[OWN_IMAGES] = _scores(config, truth, own)
+    _tell(config, run, found, truth)
+
+
+def _open_backbone(config: Table1, run: StageRun) -> Backbone:
+    if config.backbone == "classifier":
+        if not config.inception:
+            raise ConfigError("evaluate.inception is missing: backbone classifier needs the classifier's folder")
+        return ClassifierBackbone(config.inception, run.profile.root, config.compute)
+    return InceptionBackbone(run.source(config.inception) if config.inception else None, config.compute)
+
+
+def _look_at_sets(
+    config: Table1, run: StageRun, sets: SetPictures, chosen: Sequence[int], backbone: Backbone, clip: Clip
+) -> dict[str, Tensor]:
+    """What is compared with: each set's first image, its caption, its preceding images, and the images after those."""
+    if sets.images_per_set < config.preceding:
+        raise InputError(f"{run.inputs['sets']}: sets of {sets.images_per_set} images; {config.preceding} must precede")
+    following = range(config.preceding, min(config.preceding + config.num_images, sets.images_per_set))
+
+    def look(batch: range) -> dict[str, Tensor]:
+        indices = [chosen[place] for place in batch]
+        preceding = sets.stack(indices, range(config.preceding))
+        told = {
+            "first": backbone(preceding[:, 0])[0],
+            "caption": clip.texts([sets.caption(i) for i in indices]),
+            "preceding": each_picture(clip.pictures, preceding),
+        }
+        own = {"features": [], "logits": [], "clip": []}
+        for n in following:
+            pictures = sets.stack(indices, [n])[:, 0]
+            features, logits = backbone(pictures)
+            for key, value in zip(own, (features, logits, clip.pictures(pictures))):
+                own[key].append(value)
+        for key, values in own.items():
+            told[f"own_{key}"] = torch.stack(values, 1) if values else torch.zeros(len(indices), 0, 1)
+        return told
+
+    return in_batches(run, "sets", len(chosen), config.batch, look)
+
+
+def _continue_sets(
+    config: Table1,
+    run: StageRun,
+    name: str,
+    sampler: Sampler,
+    sets: SetPictures,
+    chosen: Sequence[int],
+    backbone: Backbone,
+    clip: Clip,
+) -> dict[str, Tensor]:
+    def measure(batch: range) -> dict[str, Tensor]:
+        indices = [chosen[place] for place in batch]
+        preceding = sets.stack(indices, range(config.preceding))
+        made = sampler.continue_sets(preceding, [sets.key(i) for i in indices], config.num_images)
+        features, logits = backbone(made.flatten(0, 1))
+        return {
+            "features": features.unflatten(0, made.shape[:2]),
+            "logits": logits.unflatten(0, made.shape[:2]),
+            "clip": each_picture(clip.pictures, made),
+            "pictures": made[[place for place, item in enumerate(batch) if item < config.shown]],
+        }
+
+    return in_batches(run, name, len(chosen), config.batch, measure)
+
+
+def _scores(config: Table1, truth: dict[str, Tensor], images: dict[str, Tensor]) -> dict[str, list[float]]:
+    """Each score of each n-th image over all sets."""
+    scores: dict[str, list[float]] = {key: [] for key in SCORES}
+    preceding = truth["preceding"]
+    for n in range(images["features"].shape[1]):
+        embedding = images["clip"][:, n]
+        scores["fid"].append(frechet_distance(truth["first"], images["features"][:, n]))
+        scores["is"].append(inception_score(images["logits"][:, n], config.is_splits, config.seed))
+        scores["text"].append(clip_score(embedding, truth["caption"]))
+        repeated = embedding[:, None].expand_as(preceding)
+        scores["image"].append(clip_score(repeated.flatten(0, 1), preceding.flatten(0, 1)))
+    return scores
+
+
+def _tell(config: Table1, run: StageRun, found: dict[str, dict[str, list[float]]], truth: dict[str, Tensor]) -> None:
+    samples, dimension = truth["first"].shape
+    tiny = config.backbone == "classifier"
+    rows: list[dict[str, Any]] = []
+    metrics: dict[str, Any] = {"sets": samples, "features": dimension, "backbone": config.backbone, "scores": {}}
+    for name, scores in found.items():
+        told = {key: mean_and_deviation(values) for key, values in scores.items()}
+        rows.append({"method": name} | {SCORES[key]: _plus_minus(*told[key]) for key in SCORES})
+        metrics["scores"][name] = {
+            key: {"mean": told[key][0], "std": told[key][1], "by_image": scores[key]} for key in SCORES
+        }
+        if name != OWN_IMAGES:
+            short = name.removeprefix("M2M-").lower()
+            run.figure(**{f"{key}_{short}": round(told[key][0], 4) for key in SCORES})
+    for name, paper in PAPER.items():
+        rows.append({"method": f"paper: {name}"} | {label: _plus_minus(*paper[key]) for key, label in SCORES.items()})
+    run.table("Table 1", rows)
+    for key, label in SCORES.items():
+        longest = max(len(scores[key]) for scores in found.values())
+        columns = {name: scores[key] for name, scores in found.items() if len(scores[key]) == longest}
+        run.curve(f"{label} by n-th image", {"n-th image": [float(n + 1) for n in range(longest)], **columns})
+    run.figure(
+        fid_samples=samples,
+        fid_features=dimension,
+        note="tiny models and a tiny world: not comparable with the paper's figures" if tiny else None,
+    )
+    run.count(sets=samples, generated_images=samples * config.num_images * 2)
+    conclude(run, metrics)
+
+
+def _plus_minus(mean: float, deviation: float) -> str:
+    return f"{mean:.2f} ± {deviation:.2f}"
