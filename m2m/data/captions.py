@@ -41,15 +41,19 @@ class FilterCaptions(StageConfig):
     source: SourcePath = Field(
         description="TSV of `url<TAB>caption`, UTF-8, no quoting, `\\n` line ends: CC12M's layout"
     )
-    max_tokens: int = Field(77, ge=1, description="paper, section 4")
-    count_special_tokens: bool = Field(True, description="whether start and end count; the paper does not say")
+    max_tokens: int = Field(default=77, ge=1, description="paper, section 4")
+    count_special_tokens: bool = Field(default=True, description="whether start and end count; the paper does not say")
     clean_text: bool = Field(
-        False, description="undo HTML entities and collapse white space first; the paper does not say"
+        default=False, description="undo HTML entities and collapse white space first; the paper does not say"
     )
-    validation_fraction: float = Field(0.001, ge=0, lt=1, description="of the kept captions; the paper does not say")
-    test_fraction: float = Field(0.001, ge=0, lt=1, description="of the kept captions; the paper has 10,000 test sets")
-    seed: int = Field(0, ge=0, description="which captions are held out")
-    limit: int | None = Field(None, ge=1, description="read only so many rows")
+    validation_fraction: float = Field(
+        default=0.001, ge=0, lt=1, description="of the kept captions; the paper does not say"
+    )
+    test_fraction: float = Field(
+        default=0.001, ge=0, lt=1, description="of the kept captions; the paper has 10,000 test sets"
+    )
+    seed: int = Field(default=0, ge=0, description="which captions are held out")
+    limit: int | None = Field(default=None, ge=1, description="read only so many rows")
 
     @model_validator(mode="after")
     def _some_are_trained_on(self) -> "FilterCaptions":

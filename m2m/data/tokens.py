@@ -70,9 +70,9 @@ class TokenCounter:
 @cache
 def _load(folder: Path):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns after every fork otherwise
-    from transformers import CLIPTokenizerFast
+    from transformers import CLIPTokenizer
 
-    tokenizer = CLIPTokenizerFast.from_pretrained(folder).backend_tokenizer
+    tokenizer = CLIPTokenizer.from_pretrained(folder).backend_tokenizer
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

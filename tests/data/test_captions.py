@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import CLIPTokenizerFast
+from transformers import CLIPTokenizer
 
 from m2m.config import Profile
 from m2m.data import captions
@@ -47,12 +47,12 @@ def test_real_alt_texts(tmp_path):
     kept, rejected, run = filtered(tmp_path, REAL / "alt_texts_10k.tsv")
     assert run.counts["rows"] == 9959 == len(kept) + len(rejected)
     assert rejected["reason"].str.endswith(" tokens").sum() == len(rejected) == 57
-    tokenizer = CLIPTokenizerFast.from_pretrained(VOCABULARY)
+    tokenizer = CLIPTokenizer.from_pretrained(VOCABULARY)
     sample = kept.iloc[::20]
     assert [len(ids) for ids in tokenizer(sample["caption"].tolist())["input_ids"]] == sample["tokens"].tolist()
     lines = (REAL / "alt_texts_10k.tsv").read_bytes().split(b"\n")
     assert all(lines[i].split(b"\t", 1)[1].decode() == caption for i, caption in zip(kept["id"], kept["caption"]))
-    assert kept["id"].is_monotonic_increasing and kept["id"].is_unique
+    assert kept["id"].tolist() == sorted(set(kept["id"]))
 
 
 @real
@@ -84,7 +84,7 @@ def test_rejected_rows_keep_their_reason(tmp_path):
     source = b"http://u\n" + b"u\t" + b"word " * 76 + b"\nu\t  \nu\tkept\r\nu\t" + b"word " * 75
     kept, rejected, run = filtered(tmp_path, source)
     assert rejected["reason"].tolist() == ["no tab between URL and caption", "78 tokens", "empty caption"]
-    assert rejected["text"][0] == "http://u"
+    assert rejected["text"].tolist()[0] == "http://u"
     assert kept["caption"].tolist() == ["kept", "word " * 75] and kept["tokens"].tolist() == [3, 77]
     assert {row["reason"]: row["rows"] for row in run.summary["tables"]["rejected"]}["too many tokens"] == 1
 
@@ -96,18 +96,18 @@ def test_special_tokens_and_cleaning_are_options(tmp_path):
     assert kept["tokens"].tolist() == [78, 5]
 
 
-@given(text=st.text())
-def test_cleaning_undoes_html(text):
-    assert clean_caption(html.escape(text)) == clean_caption(text)
+@given(text=st.text(st.characters(exclude_characters="&")))
+def test_cleaning_undoes_html_even_twice_escaped(text):
+    assert clean_caption(html.escape(html.escape(text))) == " ".join(text.split())
 
 
 def test_equal_captions_never_lie_in_two_splits(tmp_path):
     source = "".join(f"u{i}\tcaption {i % 300}\n" for i in range(1500)).encode()
     kept, _, run = filtered(tmp_path, source, validation_fraction=0.1, test_fraction=0.2)
-    assert (kept.groupby("caption")["split"].nunique() == 1).all()
-    shares = kept["split"].value_counts(normalize=True)
-    assert abs(shares["test"] - 0.2) < 0.06 and abs(shares["validation"] - 0.1) < 0.06
-    assert run.counts["train"] == (kept["split"] == "train").sum()
+    assert len(set(zip(kept["caption"], kept["split"]))) == 300
+    assert run.counts["test"] / 1500 == pytest.approx(0.2, abs=0.06)
+    assert run.counts["validation"] / 1500 == pytest.approx(0.1, abs=0.06)
+    assert run.counts["train"] == kept["split"].tolist().count("train")
 
 
 def test_a_captions_split_does_not_depend_on_the_file(tmp_path):

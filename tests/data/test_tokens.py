@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import CLIPTokenizerFast
+from transformers import CLIPTokenizer
 
 from m2m.data.tokens import VOCABULARY, TokenCounter
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data" / "captions" / "alt_texts_10k.tsv"
-TOKENIZER = CLIPTokenizerFast.from_pretrained(VOCABULARY)
+TOKENIZER = CLIPTokenizer.from_pretrained(VOCABULARY)
 COUNTER = TokenCounter.for_clip()
 
 WORDS = [
