@@ -51,10 +51,9 @@ class ConditionEmbedder(nn.Module):
             raise InputError(
                 f"a {self.condition} condition has {self.numbers} numbers an image, got {condition.shape[-1]}"
             )
-        weight = self.trunk[0].weight
         if self.condition == "position":
             condition = get_timestep_embedding(condition.squeeze(-1).float(), _SINUSOIDS)
-        hidden = self.trunk(condition.to(weight.dtype))
+        hidden = self.trunk(condition.to(next(self.parameters()).dtype))
         vectors = tuple(head(hidden) for head in self.heads)
         if keep is None:
             return vectors

@@ -5,19 +5,19 @@ model. Not here: the attention itself (`image_set_attention`), strict reading of
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
-from torch import Tensor, nn
+from torch import Tensor
 
 from m2m.errors import ConfigError, InputError
 from m2m.models.conditions import ConditionEmbedder
 from m2m.models.context import Context
 from m2m.models.image_set_attention import FromContexts, ImageSetAttention, Reading, Recording, WholeSets
+from m2m.models.origin import Origin, many_to_many_config, model_from, new_model
 from m2m.models.saved import FORMAT_VERSION, check_saved_unet, config_keys
 
 VARIANTS = {"self": "M2M-Self", "dino": "M2M-DINO"}
@@ -39,16 +39,6 @@ _PLAIN = {
     "cross_attention_norm": (None,),
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
 }
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where every tensor of a newly made U-Net comes from."""
-
-    copied: tuple[str, ...]
-    new: tuple[str, ...]
-    left_out: tuple[str, ...]
-    """Tensors of the source that have no place: the cross-attention to text."""
 
 
 class ManyToManyUNet(UNet2DConditionModel):
@@ -102,24 +92,24 @@ class ManyToManyUNet(UNet2DConditionModel):
             format_version=format_version,
         )
         self.origin: Origin | None = None
-        layers = []
+        layers: list[ImageSetAttention] = []
         for module in self.modules():
             if isinstance(module, BasicTransformerBlock) and module.attn2 is not None:
-                module.attn2 = ImageSetAttention.in_place_of(module.attn2, len(layers), unet.get("dropout", 0.0))
-                layers.append(module.attn2)
+                layers.append(ImageSetAttention.in_place_of(module.attn2, len(layers), unet.get("dropout", 0.0)))
+                setattr(module, "attn2", layers[-1])  # noqa: B010 (declared as an Attention there)
         if not layers:
             raise ConfigError("the U-Net has no cross-attention block to put Image-Set Attention into")
         # a tuple, so that the layers are not registered a second time
         self._image_set_layers: tuple[ImageSetAttention, ...] = tuple(layers)
         if condition is not None:
-            hidden = 4 * self.config.block_out_channels[0]  # as wide as the time embedding
+            hidden = 4 * self.config["block_out_channels"][0]  # as wide as the time embedding
             self.condition_embedder = ConditionEmbedder(condition, hidden, [layer.query_dim for layer in layers])
             if variant == "dino":  # E_c, "a distinct conditional embedder"
                 self.feature_condition_embedder = ConditionEmbedder(condition, hidden, [self.feature_dim])
 
     @property
     def variant(self) -> Variant:
-        return self.config.variant
+        return self.config["variant"]
 
     @property
     def feature_dim(self) -> int:
@@ -167,11 +157,11 @@ class ManyToManyUNet(UNet2DConditionModel):
             keep = keep[:, None].expand(sets, images)
         rows, times = noisy.flatten(0, 1), timesteps.to(noisy.device).flatten()
         if self.variant == "self":
-            if keep is not None and self.config.dropped_context == "zeroed":
+            if keep is not None and self.config["dropped_context"] == "zeroed":
                 if keep_context is None or keep_context.ndim != 1:
                     raise InputError("dropped_context=zeroed drops whole sets: keep_context must be (sets,)")
                 read, keep = read * keep_context.view(-1, 1, 1, 1, 1).to(read.dtype), None
-            fixed = self.config.clean_timestep
+            fixed = self.config["clean_timestep"]
             times_clean = (
                 timesteps[:, :1].expand(sets, own) if fixed is None else timesteps.new_full((sets, own), fixed)
             )
@@ -203,7 +193,7 @@ class ManyToManyUNet(UNet2DConditionModel):
             pairs = [layer.keys_and_values(features) for layer in self._image_set_layers]
             return Context(keys=tuple(k for k, _ in pairs), values=tuple(v for _, v in pairs))
         clean = self._what_is_read(images, None, sets, count)
-        fixed = self.config.clean_timestep
+        fixed = self.config["clean_timestep"]
         if fixed is None and timestep is None:
             raise InputError("this M2M-Self gives clean images the timestep of the noisy ones: encode_context needs it")
         times = torch.as_tensor(timestep if fixed is None else fixed, device=clean.device)
@@ -244,7 +234,7 @@ class ManyToManyUNet(UNet2DConditionModel):
         Args:
             like: noisy latents (sets, C, h, w).
         """
-        if self.variant == "dino" or self.config.dropped_context == "empty":
+        if self.variant == "dino" or self.config["dropped_context"] == "empty":
             return None
         return self.encode_context(torch.zeros_like(like)[:, None], timestep=0)
 
@@ -274,26 +264,12 @@ class ManyToManyUNet(UNet2DConditionModel):
             ConfigError: settings that don't fit together.
             InputError: a tensor of the source fits nowhere, or one of the new model's has no source.
         """
-        config = dict(unet.config if isinstance(unet, UNet2DConditionModel) else unet)
-        known = config_keys(UNet2DConditionModel)
-        unknown = [key for key in config if key not in known and not key.startswith("_")]
-        if unknown:
-            raise ConfigError(f"{unknown[0]} is not a setting of a text-to-image U-Net")
-        config = {key: value for key, value in config.items() if key in known}
-        if variant == "dino" and not feature_dim:
-            raise ConfigError("M2M-DINO needs feature_dim, the width of the image encoder's features")
-        levels = tuple(config.get("block_out_channels", (320, 640, 1280, 1280)))
-        config["cross_attention_dim"] = feature_dim if variant == "dino" else levels
-        config |= {"variant": variant, "condition": condition, **own}
-        if isinstance(unet, UNet2DConditionModel):
-            source = {name: tensor for name, tensor in unet.state_dict().items() if ".attn2." not in name}
-            left_out = tuple(name for name in unet.state_dict() if ".attn2." in name)
-            return _assemble(cls, config, source, left_out, seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            made = cls(**config)
-        made.origin = Origin(copied=(), new=tuple(made.state_dict()), left_out=())
-        return made
+        own = {"variant": variant, "condition": condition, **own}
+        if not isinstance(unet, UNet2DConditionModel):
+            return new_model(cls, many_to_many_config(unet, variant, feature_dim) | own, seed)
+        source = {name: tensor for name, tensor in unet.state_dict().items() if ".attn2." not in name}
+        left_out = tuple(name for name in unet.state_dict() if ".attn2." in name)
+        return model_from(cls, many_to_many_config(unet.config, variant, feature_dim) | own, source, left_out, seed)
 
     def add_condition(self, condition: str, seed: int = 0) -> "ManyToManyUNet":
         """This model with a fresh condition embedder, for fine-tuning (section 6.2); predicts the same until trained.
@@ -301,10 +277,12 @@ class ManyToManyUNet(UNet2DConditionModel):
         Raises:
             ConfigError: no such condition, or this model has one already.
         """
-        if self.config.condition is not None:
-            raise ConfigError(f"this U-Net has a {self.config.condition} condition already; {condition} can't be added")
+        if self.config["condition"] is not None:
+            raise ConfigError(
+                f"this U-Net has a {self.config['condition']} condition already; {condition} can't be added"
+            )
         config = {key: value for key, value in self.config.items() if key in config_keys(type(self))}
-        return _assemble(type(self), config | {"condition": condition}, self.state_dict(), (), seed)
+        return model_from(type(self), config | {"condition": condition}, self.state_dict(), (), seed)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "ManyToManyUNet":  # type: ignore[override]
@@ -347,7 +325,7 @@ class ManyToManyUNet(UNet2DConditionModel):
         return given[:, :images]
 
     def _checked(self, condition: Tensor, sets: int, images: int) -> Tensor:
-        if self.config.condition is None:
+        if self.config["condition"] is None:
             raise InputError("this U-Net has no condition embedder: fine-tune one first (add_condition)")
         if tuple(condition.shape[:2]) != (sets, images) or condition.ndim != 3:
             raise InputError(
@@ -382,43 +360,3 @@ class ManyToManyUNet(UNet2DConditionModel):
             else:
                 columns.append(self.condition_embedder(self._checked(condition[:, None], sets, 1)[:, 0]))
         return [torch.cat(list(parts)) for parts in zip(*columns)]
-
-
-def _assemble(
-    cls: type[ManyToManyUNet],
-    config: dict[str, Any],
-    source: Mapping[str, Tensor],
-    left_out: tuple[str, ...],
-    seed: int,
-) -> ManyToManyUNet:
-    """A U-Net of `config` with `source`'s tensors; Image-Set Attention and condition embedders may be new."""
-    with torch.device("meta"):
-        made = cls(**config)
-    wanted = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
-    for name, tensor in source.items():
-        if name not in wanted:
-            raise InputError(f"tensor {name} of the source has no place in M2M's U-Net")
-        if tuple(tensor.shape) != wanted[name]:
-            raise InputError(f"tensor {name}: the source's shape is {tuple(tensor.shape)}, M2M's {wanted[name]}")
-    new = tuple(name for name in wanted if name not in source)
-    for name in new:
-        if ".attn2." not in name and "condition_embedder." not in name:
-            raise InputError(f"tensor {name} is missing in the source")
-    like = next(iter(source.values()))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for owner in dict.fromkeys(name.rpartition(".")[0] for name in new):
-            layer = made.get_submodule(owner)
-            assert isinstance(layer, nn.Linear), owner
-            layer.to_empty(device="cpu").reset_parameters()
-            layer.to(like.device, like.dtype)
-    for module in made.modules():
-        if isinstance(module, ConditionEmbedder) and not module.heads[0].weight.is_meta:
-            module.start_at_zero()
-    copies = {name: tensor.detach().clone() for name, tensor in source.items()}
-    made.load_state_dict(copies, strict=False, assign=True)
-    unmade = [name for name, tensor in (*made.named_parameters(), *made.named_buffers()) if tensor.is_meta]
-    if unmade:
-        raise InputError(f"tensor {unmade[0]} was neither copied nor initialised")
-    made.origin = Origin(copied=tuple(copies), new=new, left_out=left_out)
-    return made
