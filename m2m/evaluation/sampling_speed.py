@@ -7,6 +7,7 @@ declared non-deterministic.
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,7 @@ def evaluate_sampling_speed(config: SamplingSpeed, run: StageRun) -> None:
         pictures = torch.randint(0, 256, (1, max(config.preceding), 3, size, size), dtype=torch.uint8)
         for count in config.preceding:
             for made in config.num_images:
-                seconds = _median_seconds(
-                    config, lambda s=sampler, k=count, n=made: s.continue_sets(pictures[:, :k], [0], n)
-                )
+                seconds = _median_seconds(config, partial(sampler.continue_sets, pictures[:, :count], [0], made))
                 row = {"model": name, "preceding images": count, "generated images": made}
                 rows.append(row | {"seconds an image": seconds / made})
                 run.progress.log(f"{name}: {count} preceding, {made} generated: {seconds / made:.3f} s an image")

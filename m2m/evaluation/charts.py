@@ -1,0 +1,106 @@
+"""Curves as inline SVG: readable on a phone, in light and dark, without a script or an outside file.
+
+Belongs here: scales, ticks, lines, legends. Not here: which curves there are.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+_WIDTH, _HEIGHT = 480, 300
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 14, 44
+_MOST_POINTS = 300
+_KNOWN = {"M2M-Self": "var(--self)", "M2M-DINO": "var(--dino)"}
+_OTHERS = ("var(--third)", "var(--fourth)", "var(--fifth)", "var(--sixth)")
+_REFERENCES = ("ideal", "own images", "autoencoder", "text-to-image", "copied")
+
+
+def chart(name: str, columns: Mapping[str, Sequence[float]]) -> str:
+    """One chart as an `<svg>` element with a legend below it.
+
+    Args:
+        columns: the first is the x axis; the y axis is logarithmic where positive values span a factor over 30.
+    """
+    x_name, *series = columns
+    x = [float(value) for value in columns[x_name]]
+    lines = {key: _thinned(x, [float(value) for value in columns[key]]) for key in series}
+    values = [y for points in lines.values() for _, y in points]
+    if not values:
+        return ""
+    logarithmic = min(values) > 0 and max(values) / min(values) > 30
+    scale = math.log10 if logarithmic else float
+    ticks = _log_ticks(min(values), max(values)) if logarithmic else _ticks(min(values), max(values))
+    low, high = scale(min(ticks[0], min(values))), scale(max(ticks[-1], max(values)))
+    x_ticks = _x_ticks(x)
+    first, last = min(x), max(x)
+
+    def across(value: float) -> float:
+        share = 0.5 if last == first else (value - first) / (last - first)
+        return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
+
+    def down(value: float) -> float:
+        share = 0.5 if high == low else (scale(value) - low) / (high - low)
+        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+
+    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(name, quote=True)}">']
+    for tick in ticks:
+        y = down(tick)
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" text-anchor="end" x="{_LEFT - 8}" y="{y + 4:.1f}">{_said(tick)}</text>')
+    for tick in x_ticks:
+        text = f'x="{across(tick):.1f}" y="{_HEIGHT - _BOTTOM + 18}"'
+        parts.append(f'<text class="tick" text-anchor="middle" {text}>{_said(tick)}</text>')
+    middle = (_LEFT + _WIDTH - _RIGHT) / 2
+    parts.append(f'<text class="axis" text-anchor="middle" x="{middle}" y="{_HEIGHT - 6}">{escape(x_name)}</text>')
+    legend = []
+    others = iter(_OTHERS * (1 + len(series) // len(_OTHERS)))
+    for key, points in lines.items():
+        colour = _KNOWN.get(key) or next(others)
+        dashed = ' stroke-dasharray="6 5"' if any(word in key for word in _REFERENCES) else ""
+        path = " ".join(f"{across(a):.1f},{down(b):.1f}" for a, b in points)
+        parts.append(f'<polyline class="line" points="{path}" style="stroke:{colour}"{dashed}/>')
+        if len(points) <= 24:
+            parts += [
+                f'<circle cx="{across(a):.1f}" cy="{down(b):.1f}" r="3.4" style="fill:{colour}">'
+                f"<title>{escape(key)}: {_said(b, 4)} at {_said(a)}</title></circle>"
+                for a, b in points
+            ]
+        legend.append(f'<span><i style="background:{colour}"></i>{escape(key)}</span>')
+    return "".join(parts) + "</svg>" + f'<div class="legend">{"".join(legend)}</div>'
+
+
+def _thinned(x: Sequence[float], y: Sequence[float]) -> list[tuple[float, float]]:
+    """Points of one line; many of them become the means of equal stretches. What is not finite is left out."""
+    points = [(a, b) for a, b in zip(x, y) if math.isfinite(a) and math.isfinite(b)]
+    if len(points) <= _MOST_POINTS:
+        return points
+    step = -(-len(points) // _MOST_POINTS)
+    parts = [points[i : i + step] for i in range(0, len(points), step)]
+    return [(sum(a for a, _ in part) / len(part), sum(b for _, b in part) / len(part)) for part in parts]
+
+
+def _ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+    if low == high:
+        low, high = low - (abs(low) or 1) * 0.1, high + (abs(high) or 1) * 0.1
+    rough = (high - low) / wanted
+    size = 10 ** math.floor(math.log10(rough))
+    step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(n * step, 12) for n in range(first, last + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    return [10.0**n for n in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+
+
+def _x_ticks(x: Sequence[float]) -> list[float]:
+    distinct = sorted(set(x))
+    if len(distinct) <= 8:
+        return distinct
+    return [tick for tick in _ticks(distinct[0], distinct[-1]) if distinct[0] <= tick <= distinct[-1]]
+
+
+def _said(value: float, digits: int = 3) -> str:
+    if value == int(value) and abs(value) < 1e6:
+        return f"{int(value):,}"
+    return f"{value:.{digits}g}"

@@ -1,0 +1,321 @@
+"""The report: one self-contained HTML page of what a profile made, measured, and from what.
+
+Belongs here: gathering summaries, manifests and run records; pictures made fit for a page. Not here: the page's look
+(`report.html.j2`), drawing curves (`m2m.evaluation.charts`), any measuring.
+"""
+
+import base64
+import io
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from PIL import Image, UnidentifiedImageError
+from pydantic import Field
+
+from m2m import artifacts
+from m2m.artifacts import Manifest, Summary
+from m2m.config import StageConfig
+from m2m.errors import ArtifactError
+from m2m.evaluation.charts import chart
+from m2m.stages import STAGES, Stage, StageRun
+
+PAGE = "report.html"
+_TEMPLATE = Path(__file__).with_name("report.html.j2")
+_GROUPS = {"data": "Data", "models": "Models", "evaluation": "Evaluation"}
+_TITLES = {
+    "filter-captions": "Captions",
+    "generate-sets": "Image sets (MIS)",
+    "cache-features": "DINO features",
+    "pretrain@self": "M2M-Self",
+    "pretrain@dino": "M2M-DINO",
+    "finetune@nvs": "Fine-tuned for novel views",
+    "finetune@vgsi": "Fine-tuned for procedures",
+    "evaluate@table_1": "Table 1",
+    "evaluate@preceding_images": "What preceding images tell",
+    "evaluate@consistency": "Content and style kept",
+    "evaluate@real_images": "Real photographs",
+    "evaluate@novel_views": "Novel views",
+    "evaluate@procedures": "Procedures",
+    "evaluate@sampling_speed": "Sampling speed",
+    "evaluate@rollouts": "Long sequences",
+}
+_HOW_TO_READ = {
+    "evaluate@table_1": "Each score is computed for every n-th generated image over all sets, then averaged over n "
+    "(± standard deviation). “Real” for FID are the sets' first images. The sets' own images, scored in the same way, "
+    "show what a perfect continuation would get.",
+    "evaluate@preceding_images": "One picture cannot say what of it is the pattern; several that agree can. The ideal "
+    "observer knows how often captions fix an attribute and concludes perfectly from what is seen; it is the most that "
+    "these pictures can tell. Rates are corrected for the reader's errors.",
+    "evaluate@consistency": "Generated images should be as like the preceding ones as the set's own further images "
+    "are: more alike than another set's, but no copies (a nearest distance far below the set's own would be copying).",
+    "evaluate@real_images": "The models saw only synthetic sets. What they add to photographs of one category should "
+    "be more like that category's other photographs than like the other categories'.",
+    "evaluate@novel_views": "Generated views against the true ones. Copying the nearest preceding view is the baseline "
+    "to beat; the autoencoder's own loss is the ceiling.",
+    "evaluate@procedures": "The next step against the true one. If the order of the steps matters to the model, giving "
+    "them out of order costs it something; copying the last step is the baseline.",
+    "evaluate@sampling_speed": "Median wall-clock seconds an image, single sets, DDIM, guidance on.",
+    "evaluate@rollouts": "Each image sees the generated ones before it: errors add up. 1 means as in the preceding "
+    "images.",
+}
+_HEADLINE_FIGURES = 8
+
+
+class WriteReport(StageConfig):
+    """Settings of the report."""
+
+    title: str = Field("Many-to-many image generation", description="the page's heading")
+    picture_width: int = Field(1600, ge=64, description="pixels; wider pictures are made smaller for the page")
+    headline_pictures: int = Field(2, ge=1, description="pictures at the top, from Table 1's sequences")
+
+
+@dataclass
+class Section:
+    """One stage's part of the page."""
+
+    stage: Stage
+    folder: Path
+    manifest: Manifest
+    summary: Summary
+    seconds: float | None = None
+    run: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        return self.stage.key.replace("@", "-")
+
+    @property
+    def title(self) -> str:
+        return _TITLES.get(self.stage.key, self.stage.key)
+
+    @property
+    def how_to_read(self) -> str:
+        return _HOW_TO_READ.get(self.stage.key, "")
+
+    @property
+    def size(self) -> int:
+        return sum(record.size for record in self.manifest.files)
+
+    @property
+    def config_text(self) -> str:
+        return json.dumps(self.manifest.config, indent=2, ensure_ascii=False)
+
+
+def write_report(config: WriteReport, run: StageRun) -> None:
+    """Write `report.html` from the inputs' summaries and manifests, with everything it shows inside it.
+
+    Raises:
+        ArtifactError: an input's summary or one of its pictures can't be read.
+    """
+    sections = [_section(run, name, folder) for name, folder in run.inputs.items()]
+    order = list(STAGES)
+    sections.sort(key=lambda section: order.index(section.stage.key))
+    headlines = _headline_pictures(config, run, sections)
+    figures = _headline_figures(sections)
+    groups = [
+        (title, [section for section in sections if section.stage.group == group]) for group, title in _GROUPS.items()
+    ]
+    page = _environment(config.picture_width).get_template(_TEMPLATE.name)
+    html = page.render(
+        title=config.title,
+        profile=run.profile.name,
+        label=run.profile.label,
+        groups=[(title, found) for title, found in groups if found],
+        sections=sections,
+        figures=figures,
+        headlines=headlines,
+        started_from=_started_from(sections),
+        seconds=sum(section.seconds or 0 for section in sections),
+        machine=_machine(sections),
+        fingerprint=run.fingerprint,
+    )
+    artifacts.write_bytes(run.out / PAGE, html.encode())
+    run.figure(**figures)
+    run.count(sections=len(sections), pictures=sum(len(section.summary.pictures) for section in sections))
+    missing = missing_from(html, [section.id for section in sections])
+    run.check("report_complete", not missing, "; ".join(missing))
+
+
+def missing_from(html: str, sections: list[str]) -> list[str]:
+    """What keeps a page from being complete and self-contained, in words: nothing if it is."""
+    seen = _Page()
+    seen.feed(html)
+    missing = [f"no section {name}" for name in sections if name not in seen.sections]
+    return missing + [f"reads {link} from outside" for link in seen.outside]
+
+
+class _Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sections: set[str] = set()
+        self.outside: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        said = dict(attrs)
+        if tag == "section" and said.get("id"):
+            self.sections.add(str(said["id"]))
+        link = said.get("src") or (said.get("href") if tag == "link" else None)
+        if link and not link.startswith("data:"):
+            self.outside.append(link)
+
+
+def _section(run: StageRun, name: str, folder: Path) -> Section:
+    stage = STAGES[run.stage.inputs[name]]
+    manifest = artifacts.read_manifest(folder)
+    if manifest is None:
+        raise ArtifactError(f"{folder} is not whole. Make it with: {stage.make_command(run.profile)}")
+    record = _run_record(run.profile.outputs / "runs" / stage.key, manifest)
+    return Section(stage, folder, manifest, artifacts.read_summary(folder), record.get("seconds"), record)
+
+
+def _run_record(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """The newest record of a run that made this very output; empty where it was made elsewhere."""
+    for path in sorted(folder.glob("*.json"), reverse=True):
+        try:
+            record = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            continue
+        if record.get("manifest") == manifest.digest:
+            return record
+    return {}
+
+
+def _headline_pictures(config: WriteReport, run: StageRun, sections: list[Section]) -> list[tuple[str, str]]:
+    """The first pictures of Table 1 (or of whatever evaluation has some), also as pictures of the report itself."""
+    by_key = {section.stage.key: section for section in sections}
+    first = [by_key[key] for key in ("evaluate@table_1", "evaluate@consistency") if key in by_key]
+    found = [(section, item) for section in [*first, *sections] for item in section.summary.pictures.items()]
+    headlines = []
+    for place, (section, (caption, path)) in enumerate(found[: config.headline_pictures]):
+        source = _inside(section.folder, path)
+        copy = run.out / f"headline-{place + 1}{source.suffix}"
+        artifacts.write_bytes(copy, source.read_bytes())
+        run.picture(caption, copy)
+        headlines.append((caption, data_uri(source, config.picture_width)))
+    return headlines
+
+
+def _headline_figures(sections: list[Section]) -> dict[str, Any]:
+    """What was made in numbers: counts of the data, Table 1's scores, the time it took."""
+    by_key = {section.stage.key: section for section in sections}
+    figures: dict[str, Any] = {}
+    for key in ("filter-captions", "generate-sets"):
+        if key in by_key:
+            figures |= dict(list(by_key[key].manifest.counts.items())[:3])
+    if "evaluate@table_1" in by_key:
+        scores = by_key["evaluate@table_1"].summary.figures
+        figures |= {key: value for key, value in scores.items() if key.startswith(("fid_", "image_"))}
+    return dict(list(figures.items())[:_HEADLINE_FIGURES])
+
+
+def _started_from(sections: list[Section]) -> list[tuple[str, str, str]]:
+    """For each pre-trained model: its name, the weights that it started from, and the command that made those."""
+    told = []
+    for section in sections:
+        figures = section.summary.figures
+        if section.stage.command == "pretrain" and figures.get("started_from"):
+            command = figures.get("started_from_command") or ""
+            told.append((section.title, str(figures["started_from"]), str(command)))
+    return told
+
+
+def _machine(sections: list[Section]) -> list[tuple[str, str]]:
+    """Where the newest of the runs took place."""
+    runs = sorted((section.run for section in sections if section.run), key=lambda record: record.get("started", ""))
+    if not runs:
+        return []
+    newest = runs[-1]
+    machine, git = newest.get("machine") or {}, newest.get("git") or {}
+    revision = str(git.get("revision") or "unknown")[:12] + (" with local changes" if git.get("dirty") else "")
+    told = {
+        "last run": newest.get("started"),
+        "system": machine.get("system"),
+        "cpus": machine.get("cpus"),
+        "python": machine.get("python"),
+        "revision": revision,
+        **(newest.get("packages") or {}),
+    }
+    return [(key, str(value)) for key, value in told.items() if value is not None]
+
+
+def data_uri(path: Path, width: int) -> str:
+    """A picture file as a data URI; pictures wider than `width` are made smaller and become JPEG.
+
+    Raises:
+        ArtifactError: it can't be read as a picture.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            kind = (image.format or "PNG").lower()
+            content = path.read_bytes()
+            if image.width > width or kind not in ("png", "jpeg", "webp"):
+                image.thumbnail((width, image.height), Image.Resampling.LANCZOS)
+                buffer = io.BytesIO()
+                image.convert("RGB").save(buffer, "JPEG", quality=88)
+                kind, content = "jpeg", buffer.getvalue()
+    except (OSError, UnidentifiedImageError) as error:
+        raise ArtifactError(f"{path}: not a picture: {error}") from None
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _inside(folder: Path, path: str) -> Path:
+    found = (folder / path).resolve()
+    if not found.is_relative_to(folder.resolve()):
+        raise ArtifactError(f"{folder}: its summary names a picture outside of it: {path}")
+    return found
+
+
+def _environment(width: int) -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATE.parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "cell": _cell,
+        "duration": _duration,
+        "bytes": _bytes,
+        "words": lambda name: re.sub(r"[_-]", " ", str(name)),
+        "chart": lambda columns, name: chart(name, columns),
+    }
+    environment.globals["picture"] = lambda section, path: data_uri(_inside(section.folder, path), width)
+    environment.globals["numeric"] = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
+    return environment
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" if abs(value) < 1 else f"{value:.2f}"
+    return str(value)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{minutes:.1f} min" if minutes < 60 else f"{hours:.1f} h"
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
