@@ -57,9 +57,11 @@ class Summary(Settings):
 
     figures: dict[str, float | int | str | None] = {}
     tables: dict[str, list[dict[str, Any]]] = {}
-    curves: dict[str, dict[str, list[float]]] = Field({}, description="name -> column name -> values; first is x")
-    pictures: dict[str, str] = Field({}, description="caption -> path relative to the output folder")
-    checks: dict[str, str] = Field({}, description="name -> empty when it holds, or why not")
+    curves: dict[str, dict[str, list[float]]] = Field(
+        default={}, description="name -> column name -> values; first is x"
+    )
+    pictures: dict[str, str] = Field(default={}, description="caption -> path relative to the output folder")
+    checks: dict[str, str] = Field(default={}, description="name -> empty when it holds, or why not")
 
 
 def read_manifest(folder: Path) -> Manifest | None:

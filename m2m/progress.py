@@ -8,7 +8,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,6 +58,9 @@ class Progress:
     def made(self, manifest: Manifest, folder: Path, *, shards: list[str] | None, fresh: bool) -> None:
         """An output is whole. `shards` are partition keys, `fresh` whether this run made it."""
 
+    def kept(self, counts: Mapping[str, int], checks: Mapping[str, str | None], *, fingerprint: str, why: str) -> None:
+        """Shards were made and kept, but others are missing: no output is whole yet. A check of None awaits that."""
+
     def failed_check(self, name: str, why: str) -> None:
         """A promise of the stage does not hold."""
 
@@ -79,6 +82,17 @@ class PipesProgress(Progress):
         self._context.report_asset_materialization(metadata=metadata, data_version=manifest.fingerprint)
         for name, why in summary.checks.items():
             self._context.report_asset_check(check_name=name, passed=not why, metadata={"why": why or "holds"})
+
+    def kept(self, counts: Mapping[str, int], checks: Mapping[str, str | None], *, fingerprint: str, why: str) -> None:
+        metadata = {**counts, "fingerprint": fingerprint[:16], "not_whole_yet": why}
+        self._context.report_asset_materialization(metadata=metadata, data_version=fingerprint)
+        for name, found in checks.items():
+            self._context.report_asset_check(
+                check_name=name,
+                passed=found == "",
+                severity="WARN",  # which does not block; what is broken has failed the stage before this
+                metadata={"why": why if found is None else "holds"},
+            )
 
     def failed_check(self, name: str, why: str) -> None:
         self._context.report_asset_check(check_name=name, passed=False, severity="ERROR", metadata={"why": why})
@@ -108,9 +122,9 @@ def pipes_metadata(manifest: Manifest, summary: Summary, folder: Path) -> dict[s
 @contextlib.contextmanager
 def open_progress() -> Iterator[Progress]:
     """Progress that fits where we run: Pipes when Dagster launched us, plain otherwise."""
-    from dagster_pipes import is_dagster_pipes_process, open_dagster_pipes
+    from dagster_pipes import PipesEnvVarParamsLoader, open_dagster_pipes
 
-    if not is_dagster_pipes_process():
+    if not PipesEnvVarParamsLoader().is_dagster_pipes_process():
         yield Progress()
         return
     with open_dagster_pipes() as context:

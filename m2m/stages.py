@@ -384,14 +384,26 @@ def _settings(stage: Stage, profile: Profile, overrides: Sequence[str]) -> Mappi
     return recalled if recalled is not None else remember_identity(*asked, stage.configured(profile, overrides)[1])
 
 
-def _finish(stage: Stage, settings: Mapping[str, Any], inputs: Mapping[str, Manifest], run: StageRun) -> Manifest:
-    summary = Summary.model_validate(run.summary)
-    missing = [name for name in stage.checks if name not in summary.checks]
-    failed = {name: why for name, why in summary.checks.items() if why} | dict.fromkeys(missing, "was not checked")
+def _keep(stage: Stage, run: StageRun) -> None:
+    """Tell of the shards that were made while others are missing."""
+    checks: dict[str, str] = run.summary.get("checks", {})
+    _refuse_broken(stage, run, {name: why for name, why in checks.items() if why})
+    found = {name: checks.get(name) for name in stage.checks}
+    run.progress.kept(run.counts, found, fingerprint=run.fingerprint, why=run.incomplete)
+
+
+def _refuse_broken(stage: Stage, run: StageRun, failed: Mapping[str, str]) -> None:
     for name, why in failed.items():
         run.progress.failed_check(name, why)
     if failed:
         raise CheckFailed("; ".join(f"{stage.key}: check {name} does not hold: {why}" for name, why in failed.items()))
+
+
+def _finish(stage: Stage, settings: Mapping[str, Any], inputs: Mapping[str, Manifest], run: StageRun) -> Manifest:
+    summary = Summary.model_validate(run.summary)
+    missing = [name for name in stage.checks if name not in summary.checks]
+    failed = {name: why for name, why in summary.checks.items() if why} | dict.fromkeys(missing, "was not checked")
+    _refuse_broken(stage, run, failed)
     artifacts.write_json(run.out / artifacts.SUMMARY, summary.model_dump())
     manifest = Manifest(
         stage=stage.key,

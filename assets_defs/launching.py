@@ -1,0 +1,68 @@
+"""What an asset asks for: somebody who runs its stage.
+
+Belongs here: the launcher's interface, what a launch can be told, what the registry says of an asset.
+Not here: launchers (`orchestration/launchers`), so that nothing here points up.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import dagster as dg
+from pydantic import Field
+
+from assets_defs.checks import check_specs
+from assets_defs.profile import PROFILE
+from m2m.stages import STAGES, Stage
+
+Results: TypeAlias = Iterator[dg.MaterializeResult | dg.AssetCheckResult]
+
+
+class Launch(dg.Config):
+    """What one launch can be told in the launchpad. The profile says everything else."""
+
+    overrides: list[str] = Field(
+        default=[],
+        description="settings other than the profile's, each as key=value, for example learning_rate=1e-4; "
+        "they are part of the output's fingerprint",
+    )
+    force: bool = Field(default=False, description="make it again although it is current")
+
+
+class Launcher(Protocol):
+    """Runs a stage's command somewhere and tells Dagster what came of it.
+
+    A launcher starts `python -m m2m STAGE ...`, hears it over Dagster Pipes, stops it when the run is cancelled, and
+    asks for a retry where the same command would go on (preemption, a lost node). Nothing else: what is current, how
+    to resume and what is whole is the stage's own business.
+    """
+
+    def materialize(
+        self, context: dg.AssetExecutionContext, stage: Stage, launch: Launch, *, shards: Sequence[str] | None = None
+    ) -> Results:
+        """Run the stage and yield its materialization and check results.
+
+        Args:
+            shards: partition keys to make, for partitioned stages.
+
+        Raises:
+            dg.Failure: the command failed; holds its own one-line error.
+            dg.RetryRequested: it was stopped, and goes on when it is started again.
+        """
+        ...
+
+
+def declared(stage_key: str) -> dict[str, Any]:
+    """What the registry says of a stage, as arguments of `@asset`."""
+    stage = STAGES[stage_key]
+    return {
+        "deps": [STAGES[key].asset for key in stage.inputs.values()],
+        "check_specs": check_specs(stage),
+        "group_name": stage.group,
+        "kinds": set(stage.kinds),
+        "description": stage.description,
+        "code_version": str(stage.version),
+        "metadata": {
+            "command": stage.make_command(PROFILE),
+            "output": dg.MetadataValue.path(stage.folder(PROFILE)),
+        },
+    }

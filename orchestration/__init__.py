@@ -1,0 +1,1 @@
+"""Running the assets: definitions, jobs, schedules, launchers. No asset bodies."""

@@ -1,0 +1,33 @@
+"""The only entry point: what Dagster loads (`-m orchestration.definitions`).
+
+Belongs here: putting assets, jobs, schedules and resources together. Not here: any of them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import dagster as dg
+
+from assets_defs import captions, evaluation, features, finetuning, image_sets, pretraining
+from orchestration.jobs import JOBS
+from orchestration.launchers.local import LocalLauncher
+from orchestration.schedules import SCHEDULES
+
+
+def build_defs(*, resource_overrides: Mapping[str, Any] | None = None) -> dg.Definitions:
+    """Dagster's definitions for the profile of `M2M_PROFILE`.
+
+    Args:
+        resource_overrides: resources in place of the usual ones, for example another `launcher`.
+    """
+    return dg.Definitions(
+        assets=dg.load_assets_from_modules([captions, image_sets, features, pretraining, finetuning, evaluation]),
+        jobs=JOBS,
+        schedules=SCHEDULES,
+        resources={"launcher": LocalLauncher(), **(resource_overrides or {})},
+        executor=dg.in_process_executor,  # a step only waits for the process that does its work
+        loggers={"console": dg.colored_console_logger.configured({"log_level": "INFO"})},
+    )
+
+
+defs = build_defs()

@@ -1,0 +1,27 @@
+"""Start a command that ends when its starter does: `python die_with_parent.py PARENT_PID COMMAND...`.
+
+Belongs here: that one thing, on Linux; elsewhere the command just runs. Not here: imports beyond the standard library,
+for this runs before every launch. A `kill -9` of Dagster would otherwise leave its stage working on, and the job that
+is started again would wait for it at the output's lock.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    parent, command = int(sys.argv[1]), sys.argv[2:]
+    with contextlib.suppress(OSError, AttributeError):  # no prctl: not Linux
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # survives exec
+    if os.getppid() != parent:  # it died before it could be asked
+        sys.exit("the process that started this command is gone")
+    os.execvp(command[0], command)
+
+
+if __name__ == "__main__":
+    main()
