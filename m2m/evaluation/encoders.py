@@ -14,25 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from m2m.config import Compute, is_hub_id, resolve
+from m2m.config import Compute
 from m2m.errors import ConfigError, InputError
+from m2m.models.text_to_image import model_folder, start_compute
 from m2m.tiny.world import ATTRIBUTES
 
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-
-def located(source: str, root: Path) -> str:
-    """A model source as its loader takes it: the folder where there is one, the hub id otherwise.
-
-    Raises:
-        InputError: neither a folder nor a hub id.
-    """
-    folder = resolve(source, root)
-    if folder.exists():
-        return str(folder)
-    if is_hub_id(source):
-        return source
-    raise InputError(f"{source}: no such model folder (looked at {folder}), and no hub id (owner/name[@revision])")
 
 
 class Clip:
@@ -41,23 +28,24 @@ class Clip:
     def __init__(self, source: str, root: Path, compute: Compute) -> None:
         from transformers import CLIPModel, CLIPTokenizerFast
 
-        where, _, revision = located(source, root).partition("@")
-        pinned: dict[str, Any] = {"revision": revision} if revision else {}
+        folder, device = model_folder(source, root), start_compute(compute)
         try:
-            self._model = CLIPModel.from_pretrained(where, **pinned).to(compute.device).eval()  # type: ignore[arg-type]
-            self._tokenizer = CLIPTokenizerFast.from_pretrained(where, **pinned)
+            model: Any = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+            self._model = model.to(device).eval()
+            self._tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise InputError(f"{source}: not a CLIP model with its tokenizer: {_first_line(error)}") from None
         self._size = self._model.config.vision_config.image_size
         self._longest = self._model.config.text_config.max_position_embeddings
-        self._mean, self._std = _normalisation(Path(where), _CLIP_MEAN, _CLIP_STD)
-        self._device = compute.device
+        mean, std = _normalisation(folder)
+        self._mean, self._std = mean.to(device), std.to(device)
+        self._device = device
 
     @torch.inference_mode()
     def pictures(self, pictures: Tensor) -> Tensor:
         """uint8 (n, 3, H, W) -> (n, D) on the CPU."""
         pixels = _resized(pictures.to(self._device), self._size, "bicubic")
-        pixels = (pixels - self._mean.to(self._device)) / self._std.to(self._device)
+        pixels = (pixels - self._mean) / self._std
         # transformers v5 answers with an object, v4 with the tensor itself
         found: Any = self._model.get_image_features(pixel_values=pixels)
         return F.normalize(found if isinstance(found, Tensor) else found.pooler_output, dim=-1).float().cpu()
@@ -78,7 +66,7 @@ class Dino:
     def __init__(self, source: str, root: Path, compute: Compute, pooling: str) -> None:
         from m2m.generation.features import DinoEncoder
 
-        self._encoder = DinoEncoder(located(source, root), compute)
+        self._encoder = DinoEncoder(model_folder(source, root), compute)
         self._pooling = pooling
 
     @torch.inference_mode()
@@ -152,7 +140,7 @@ class InceptionBackbone:
             "inception-v3-compat",
             ["2048", "logits_unbiased"],
             feature_extractor_weights_path=str(weights) if weights else None,
-        ).to(compute.device)
+        ).to(start_compute(compute))
         self._device = compute.device
 
     @torch.inference_mode()
@@ -163,18 +151,18 @@ class InceptionBackbone:
 
 
 def _load_classifier(source: str, root: Path, compute: Compute):
-    from m2m.tiny.classifier import AttributeClassifier
+    from m2m.tiny.classifier import Classifier
 
     try:
-        return AttributeClassifier.from_pretrained(located(source, root)).to(compute.device).eval()
+        return Classifier.from_pretrained(model_folder(source, root)).to(start_compute(compute)).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"{source}: not a classifier of the tiny world: {_first_line(error)}") from None
 
 
-def _normalisation(folder: Path, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+def _normalisation(folder: Path) -> tuple[Tensor, Tensor]:
     said = folder / "preprocessor_config.json"
     values = json.loads(said.read_text()) if said.is_file() else {}
-    mean, std = values.get("image_mean", mean), values.get("image_std", std)
+    mean, std = values.get("image_mean", _CLIP_MEAN), values.get("image_std", _CLIP_STD)
     return torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
 
 

@@ -4,6 +4,7 @@ Belongs here: arithmetic, most of it torchmetrics'. Not here: models that make f
 protocols that decide what is compared with what.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,9 +80,10 @@ def inception_score(logits: Tensor, splits: int = 1, seed: int = 0) -> float:
     Returns:
         Between 1 and the smaller of `classes` and n / splits.
     """
-    metric = InceptionScore(feature=_Given(logits.shape[1]), splits=splits)
-    metric.update(logits.double())
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of memory, and of the deviation over parts, which is not used
+        metric = InceptionScore(feature=_Given(logits.shape[1]), splits=splits)
+        metric.update(logits.double())
         torch.manual_seed(seed)  # torchmetrics shuffles with the global generator
         return metric.compute()[0].item()
 

@@ -19,13 +19,13 @@ from torch.nn import functional as F
 from m2m import artifacts
 from m2m.config import Compute, ModelSource, Settings, Source, StageConfig, source_digest
 from m2m.data.sets import ImageSets
-from m2m.errors import ArtifactError, InputError, M2MError
+from m2m.errors import ArtifactError
 from m2m.evaluation.encoders import Clip, Dino, Reader
 from m2m.generation.noise import keyed_generator, keyed_normal, namespaced
+from m2m.models.autoencoder import decode_latents, encode_images, pixels_per_latent
+from m2m.models.unet import VARIANTS
 from m2m.stages import StageRun
 
-MODELS = {"self": "M2M-Self", "dino": "M2M-DINO"}
-"""Variant -> its name in the paper; the stage's inputs are `m2m_self` and `m2m_dino`."""
 _PARTS = ".parts"
 
 
@@ -35,7 +35,10 @@ class Sampling(Settings):
     num_inference_steps: int = Field(50, ge=1, description="DDIM steps")
     guidance_scale: float = Field(7.5, ge=1, description="s of Eq. 6, for the preceding images")
     context_window: int | None = Field(
-        None, ge=1, description="W of section 6.1, which names no value; without one all preceding images are seen"
+        None, ge=1, description="W of section 6.1, which names no value; without one the trained pipeline's"
+    )
+    context_sink: int | None = Field(
+        None, ge=0, description="how many of W are always the first images; without one the trained pipeline's"
     )
 
 
@@ -87,14 +90,13 @@ class Sampler:
     def __init__(self, folder: Path, variant: str, config: EvaluationConfig) -> None:
         from m2m.pipelines.many_to_many import load_pipeline
 
-        torch.set_num_threads(config.compute.threads)
         self.pipeline = load_pipeline(folder, variant, config.compute)
         self.pipeline.set_progress_bar_config(disable=True)
         self._config = config
         self._noise = namespaced(config.seed, "evaluation noise")
         unet = self.pipeline.unet.config
         size = int(unet.sample_size)
-        self.size = size * int(self.pipeline.vae_scale_factor)
+        self.size = size * pixels_per_latent(self.pipeline.vae)
         self._latent_shape = (int(unet.in_channels), size, size)
 
     def continue_sets(
@@ -133,6 +135,7 @@ class Sampler:
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale if guidance_scale is None else guidance_scale,
             context_window=sampling.context_window,
+            context_sink=sampling.context_sink,
             latents=torch.stack(noise),
             output_type="pt",
             **conditions,
@@ -142,22 +145,18 @@ class Sampler:
     @torch.inference_mode()
     def reconstruct(self, pictures: Tensor) -> Tensor:
         """Pictures uint8 (..., 3, H, W) through the autoencoder and back: the best that the model could do."""
-        vae: Any = self.pipeline.vae
-        pixels = pictures.reshape(-1, *pictures.shape[-3:]).to(vae.device, vae.dtype) / 127.5 - 1
-        decoded = vae.decode(vae.encode(pixels).latent_dist.mode(), return_dict=False)[0]
-        return _to_bytes(decoded / 2 + 0.5).reshape(pictures.shape)
+        pixels = pictures.reshape(-1, *pictures.shape[-3:]).float() / 255
+        return self.decode(encode_images(self.pipeline.vae, pixels)).reshape(pictures.shape)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (n, C, h, w) -> uint8 pictures (n, 3, H, W)."""
-        vae: Any = self.pipeline.vae
-        decoded = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-        return _to_bytes(decoded / 2 + 0.5)
+        return _to_bytes(decode_latents(self.pipeline.vae, latents))
 
 
 def samplers(config: EvaluationConfig, run: StageRun) -> Iterable[tuple[str, Sampler]]:
     """Both models, one after the other (each is freed before the next is loaded), by their name in the paper."""
-    for variant, name in MODELS.items():
+    for variant, name in VARIANTS.items():
         yield name, Sampler(run.inputs[f"m2m_{variant}"], variant, config)
 
 
@@ -166,35 +165,26 @@ class SetPictures:
 
     def __init__(self, run: StageRun, decoder: Sampler) -> None:
         self._sets = ImageSets(run.inputs["sets"], "test")
-        self._decoder = None
-        if not len(self._sets):
-            raise InputError(
-                f"{run.inputs['sets']} holds no sets of the test split: give it a share of the captions "
-                "(filter-captions' settings of the splits)"
-            )
-        try:
-            self._sets.pictures(0, [0])
-        except M2MError:
-            self._decoder = decoder  # the profile stores latents alone
+        self._decoder = decoder if self._sets.index.pictures is None else None
 
     def __len__(self) -> int:
         return len(self._sets)
 
     @property
     def images_per_set(self) -> int:
-        return len(self._sets.latents(0))
+        return self._sets.images_per_set
 
     def caption(self, i: int) -> str:
         return self._sets.caption(i)
 
     def key(self, i: int) -> int:
         """The caption's id: the key of the set's noise."""
-        return int(self._sets.caption_id(i))
+        return self._sets.caption_id(i)
 
     def pictures(self, i: int, which: Sequence[int]) -> Tensor:
         """uint8 (len(which), 3, H, W)."""
         if self._decoder is not None:
-            return self._decoder.decode(self._sets.latents(i)[list(which)])
+            return self._decoder.decode(self._sets.latents(i, which))
         return self._sets.pictures(i, which)
 
     def stack(self, indices: Sequence[int], which: Sequence[int]) -> Tensor:

@@ -8,7 +8,6 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from pydantic import Field
 
 from m2m.config import ModelSource
 from m2m.evaluation.protocol import EvaluationConfig, conclude, samplers
+from m2m.models.text_to_image import as_ddim, load_text_to_image
 from m2m.stages import StageRun
 
 _TEXT_TO_IMAGE = "text-to-image model"
@@ -68,13 +68,8 @@ def evaluate_sampling_speed(config: SamplingSpeed, run: StageRun) -> None:
 
 
 def _time_text_to_image(config: SamplingSpeed, run: StageRun) -> float:
-    from diffusers import DDIMScheduler
-
-    from m2m.models.text_to_image import load_text_to_image
-
-    torch.set_num_threads(config.compute.threads)
-    pipeline: Any = load_text_to_image(config.text_to_image, Path(run.profile.root), config.compute)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline: Any = load_text_to_image(config.text_to_image, run.profile.root, config.compute)
+    pipeline.scheduler = as_ddim(pipeline.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     sampling = config.sampling
     return _median_seconds(

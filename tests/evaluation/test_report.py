@@ -1,0 +1,90 @@
+"""What the report promises: complete, self-contained, and made of the outputs alone."""
+
+import re
+
+import pytest
+
+from m2m import artifacts
+from m2m.errors import ArtifactError
+from m2m.evaluation.charts import chart
+from m2m.evaluation.report import PAGE, missing_from
+from m2m.progress import Progress
+from m2m.stages import STAGES, run_stage
+
+
+@pytest.fixture(scope="module")
+def page(whole_outputs) -> str:
+    outcome = run_stage(STAGES["report"], whole_outputs, progress=Progress(quiet=True))
+    return (outcome.folder / PAGE).read_text(encoding="utf-8")
+
+
+def test_every_input_has_its_section(page):
+    for key in STAGES["report"].inputs.values():
+        assert f'<section id="{key.replace("@", "-")}">' in page
+    assert missing_from(page, ["evaluate-table_1"]) == []
+
+
+def test_nothing_is_read_from_outside(page):
+    links = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert links
+    assert all(link.startswith(("data:", "#")) for link in links)
+    assert "<script" not in page and "@import" not in page and "url(" not in page
+
+
+def test_the_page_says_what_it_was_made_with(page):
+    assert "made with &lt;tiny&gt; models" in page
+    assert "a shipped checkpoint" in page and "python -m m2m.tiny m2m" in page
+    assert "paper: M2M-Self (9M)" in page and "9.56 ± 1.21" in page
+    assert "1,234" in page and "12.5 s" in page
+
+
+def test_provenance_names_every_manifest(page, whole_outputs):
+    for key in STAGES["report"].inputs.values():
+        manifest = artifacts.read_manifest(STAGES[key].folder(whole_outputs))
+        assert manifest is not None and manifest.digest in page and manifest.fingerprint in page
+
+
+def test_headline_pictures_and_figures_are_the_reports_own(whole_outputs):
+    outcome = run_stage(STAGES["report"], whole_outputs, progress=Progress(quiet=True))
+    summary = artifacts.read_summary(outcome.folder)
+    assert summary.pictures
+    assert all((outcome.folder / path).read_bytes().startswith(b"\x89PNG") for path in summary.pictures.values())
+    assert summary.figures["things"] == 1234
+    assert summary.checks == {"report_complete": ""}
+
+
+def test_a_page_without_a_section_or_with_a_link_is_not_complete():
+    html = '<section id="a"></section><img src="https://example.org/x.png">'
+    assert missing_from(html, ["a", "b"]) == ["no section b", "reads https://example.org/x.png from outside"]
+
+
+def test_a_picture_that_is_none_is_named(whole_outputs):
+    folder = STAGES["evaluate@rollouts"].folder(whole_outputs)
+    picture = folder / "grids/some.png"
+    good = picture.read_bytes()
+    picture.write_bytes(b"x" * len(good))
+    try:
+        with pytest.raises(ArtifactError, match=r"some\.png: not a picture"):
+            run_stage(STAGES["report"], whole_outputs, force=True, progress=Progress(quiet=True))
+    finally:
+        picture.write_bytes(good)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"x": [1.0], "y": [2.0]},
+        {"x": [1.0, 2.0], "y": [2.0, 2.0]},
+        {"x": list(map(float, range(5000))), "y": [10.0 ** -(n / 1000) for n in range(5000)]},
+        {"x": [1.0, 2.0, 3.0], "y": [-1.0, float("nan"), 1.0], "z": [1.0]},
+        {"x": [], "y": []},
+    ],
+    ids=["one point", "a flat line", "long and logarithmic", "gaps", "empty"],
+)
+def test_any_curve_can_be_drawn(columns):
+    drawn = chart("a <curve>", columns)
+    assert "nan" not in drawn and "<curve>" not in drawn
+    for place in re.findall(r'points="([^"]*)"', drawn):
+        numbers = [float(number) for pair in place.split() for number in pair.split(",")]
+        assert all(-1 <= number <= 481 for number in numbers)
+    assert len(drawn) < 20_000
