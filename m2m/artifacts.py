@@ -118,9 +118,9 @@ def record_files(folder: Path) -> list[FileRecord]:
     return [FileRecord(path=p.relative_to(folder).as_posix(), size=p.stat().st_size, sha256=_sha256(p)) for p in paths]
 
 
-def write_json(path: Path, content: Mapping[str, Any] | list[Any]) -> None:
-    """Write deterministic JSON, atomically."""
-    write_bytes(path, (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+def write_json(path: Path, content: Mapping[str, Any] | list[Any], *, sort_keys: bool = True) -> None:
+    """Write deterministic JSON, atomically. `sort_keys` False keeps an order that means something."""
+    write_bytes(path, (json.dumps(content, indent=1, sort_keys=sort_keys, ensure_ascii=False) + "\n").encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:

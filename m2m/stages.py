@@ -404,7 +404,8 @@ def _finish(stage: Stage, settings: Mapping[str, Any], inputs: Mapping[str, Mani
     missing = [name for name in stage.checks if name not in summary.checks]
     failed = {name: why for name, why in summary.checks.items() if why} | dict.fromkeys(missing, "was not checked")
     _refuse_broken(stage, run, failed)
-    artifacts.write_json(run.out / artifacts.SUMMARY, summary.model_dump())
+    # columns of tables and curves stand in the order in which they were given
+    artifacts.write_json(run.out / artifacts.SUMMARY, summary.model_dump(), sort_keys=False)
     manifest = Manifest(
         stage=stage.key,
         version=stage.version,

@@ -8,7 +8,7 @@ import base64
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
@@ -288,8 +288,15 @@ def _environment(width: int) -> jinja2.Environment:
         "chart": lambda columns, name: chart(name, columns),
     }
     environment.globals["picture"] = lambda section, path: data_uri(_inside(section.folder, path), width)
-    environment.globals["numeric"] = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
+    environment.globals["numeric_columns"] = _numeric_columns
     return environment
+
+
+def _numeric_columns(rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Columns that hold numbers alone, or numbers written out such as "9.56 ± 1.21"."""
+    return {
+        column for column in rows[0] if all(re.fullmatch(r"[-–+]?[\d., ±%]*", _cell(row.get(column))) for row in rows)
+    }
 
 
 def _cell(value: Any) -> str:

@@ -34,13 +34,13 @@ def write_output(profile: Profile, key: str, summary: Summary, counts: dict[str,
     for path in summary.pictures.values():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         artifacts.write_bytes(folder / path, png(seed=len(key)))
-    artifacts.write_json(folder / artifacts.SUMMARY, summary.model_dump())
+    artifacts.write_json(folder / artifacts.SUMMARY, summary.model_dump(), sort_keys=False)
     manifest = Manifest(
         stage=key,
         version=1,
         fingerprint=f"{abs(hash(key)) % 10**12:064d}",
         config=config,
-        inputs={name: "0" * 64 for name in stage.inputs},
+        inputs=dict.fromkeys(stage.inputs, "0" * 64),
         counts=counts,
         files=artifacts.record_files(folder),
     )
