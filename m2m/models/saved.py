@@ -33,19 +33,21 @@ def config_keys(model: type) -> set[str]:
     return keys - {"self"}
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """A saved model's config.
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of a saved model.
 
     Raises:
-        InputError: there is none, or it is not JSON.
+        InputError: there is none, or it is not a JSON object.
     """
-    path = folder / _CONFIG
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
-        raise InputError(f"{path}: no such file; the folder holds no saved model") from None
+        raise InputError(f"{path}: no such file; the folder holds no saved model of this kind") from None
     except ValueError as error:
         raise InputError(f"{path}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def check_saved_unet(model: type, folder: Path) -> None:
@@ -55,7 +57,7 @@ def check_saved_unet(model: type, folder: Path) -> None:
         ConfigError: an unknown or missing setting, or another format.
         InputError: a missing, extra or mismatched tensor, or no safetensors.
     """
-    config = read_config(folder)
+    config = read_json(folder / _CONFIG)
     where = folder / _CONFIG
     made_by = config.get("_class_name")
     if made_by != model.__name__:

@@ -4,7 +4,6 @@ Belongs here: finding a local folder or a pinned hub revision, and loading it sa
 Only safetensors are read; pickles can run code.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from transformers import Dinov2Model
 
 from m2m.config import Compute, is_hub_id, resolve
 from m2m.errors import InputError
+from m2m.models.saved import read_json
 
 _NOT_WANTED = ("*.fp16.*", "*.non_ema.*", "*.bin", "*.ckpt", "*.msgpack", "*.onnx")
 
@@ -78,7 +78,7 @@ def load_text_to_image(
     """
     device = start_compute(compute)
     folder = model_folder(source, root, ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "safety_checker"))
-    index = _read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     given = {}
     if not (index.get("safety_checker") or [None])[0]:
         given = {"safety_checker": None, "requires_safety_checker": False}
@@ -99,12 +99,12 @@ def load_vae(source: str | Path, root: Path | None = None, dtype: torch.dtype = 
 
 def load_unet_config(source: str | Path, root: Path | None = None) -> dict[str, Any]:
     """The U-Net's config alone: enough to build M2M's on the meta device."""
-    return _read_json(_part(source, root, "unet") / "config.json")
+    return read_json(_part(source, root, "unet") / "config.json")
 
 
 def load_ddim(source: str | Path, root: Path | None = None) -> DDIMScheduler:
     """The pipeline's noise schedule with the paper's sampler, DDIM (section 6.1)."""
-    return as_ddim(_read_json(_part(source, root, "scheduler") / "scheduler_config.json"))
+    return as_ddim(read_json(_part(source, root, "scheduler") / "scheduler_config.json"))
 
 
 def as_ddim(scheduler: SchedulerMixin | dict[str, Any]) -> DDIMScheduler:
@@ -122,7 +122,7 @@ def load_dino(source: str | Path, root: Path | None = None, dtype: torch.dtype =
         InputError: no such model, or one of another kind.
     """
     folder = model_folder(source, root)
-    kind = _read_json(folder / "config.json").get("model_type")
+    kind = read_json(folder / "config.json").get("model_type")
     if kind != "dinov2":
         raise InputError(f"{folder / 'config.json'}: model_type is {kind!r}; M2M-DINO reads features of dinov2")
     return _load(Dinov2Model, folder, dtype=dtype).eval().requires_grad_(False)
@@ -141,12 +141,3 @@ def _load(model: Any, folder: Path, **kwargs: Any) -> Any:
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{folder}: can't be loaded as {model.__name__}: {first}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(f"{path}: no such file; the folder holds no saved model of this kind") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}") from None

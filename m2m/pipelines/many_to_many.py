@@ -1,0 +1,370 @@
+"""Images from the images before them: autoregressive sampling with a trained M2M (paper, sections 6.1 and 6.2).
+
+Belongs here: the pipeline, its arguments, its folder. Not here: guidance, windows and pictures (beside this module).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Tensor
+from transformers import Dinov2Model
+
+from m2m.config import Compute
+from m2m.errors import ArtifactError, ConfigError, InputError
+from m2m.models.autoencoder import decode_latents, encode_images, pixels_per_latent
+from m2m.models.saved import read_json
+from m2m.models.text_to_image import start_compute, torch_dtype
+from m2m.models.unet import VARIANTS, ManyToManyUNet
+from m2m.pipelines.arguments import Generators, count_sets, image_size, initial_noise, paired_conditions
+from m2m.pipelines.guidance import guided_predictions, weighted_sum
+from m2m.pipelines.pictures import Pictures, as_pil, as_sets
+from m2m.pipelines.preceding import PrecedingImages
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class ManyToManyPipelineOutput(BaseOutput):
+    """Generated images: a list for every set, or a tensor (sets, images, ...)."""
+
+    images: list[list[Image.Image]] | Tensor
+
+
+class ManyToManyPipeline(DiffusionPipeline):
+    """Generates any number of images, one after another, from any number of preceding images.
+
+    Every generated image becomes a preceding image of those after it. What the U-Net reads of an image is computed
+    once in its life and reused by all steps of all later images.
+    """
+
+    model_cpu_offload_seq = "image_encoder->unet->vae"
+    _optional_components = ["image_encoder"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        unet: ManyToManyUNet,
+        scheduler: SchedulerMixin,
+        image_encoder: Dinov2Model | None = None,
+        feature_size: int | None = None,
+        feature_mean: Sequence[float] = (0.485, 0.456, 0.406),
+        feature_std: Sequence[float] = (0.229, 0.224, 0.225),
+        context_window: int | None = None,
+        context_sink: int = 0,
+        format_version: int = FORMAT_VERSION,
+    ) -> None:
+        """
+        Args:
+            image_encoder: DINOv2 for M2M-DINO, None for M2M-Self.
+            feature_size: pixels along each side that DINOv2 sees (the whole picture, resized); the encoder's own
+                `image_size` where None. The paper does not say.
+            feature_mean, feature_std: of the pixels that DINOv2 sees.
+            context_window: W when a call does not say; None: no bound.
+            context_sink: how many of W are always the first images.
+
+        Raises:
+            ConfigError: parts that don't belong together, or another format.
+        """
+        super().__init__()
+        if format_version != FORMAT_VERSION:
+            raise ConfigError(f"format_version {format_version} of a pipeline: this version reads {FORMAT_VERSION}")
+        if (unet.variant == "dino") != (image_encoder is not None):
+            need = "needs an image_encoder" if image_encoder is None else "has no use for an image_encoder"
+            raise ConfigError(f"{VARIANTS[unet.variant]} {need}")
+        if image_encoder is not None and image_encoder.config.hidden_size != unet.feature_dim:
+            raise ConfigError(
+                f"the image encoder's features are {image_encoder.config.hidden_size} wide; "
+                f"this M2M-DINO reads {unet.feature_dim}"
+            )
+        if vae.config["latent_channels"] != unet.config["in_channels"]:
+            raise ConfigError(
+                f"the autoencoder has {vae.config['latent_channels']} latent channels, "
+                f"the U-Net {unet.config['in_channels']}"
+            )
+        self.register_modules(vae=vae, unet=unet, scheduler=scheduler, image_encoder=image_encoder)
+        self.register_to_config(
+            feature_size=feature_size,
+            feature_mean=list(feature_mean),
+            feature_std=list(feature_std),
+            context_window=context_window,
+            context_sink=context_sink,
+            format_version=format_version,
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        images: Pictures | None = None,
+        num_images: int = 1,
+        *,
+        preceding: Tensor | None = None,
+        condition: Tensor | Sequence[Tensor] | None = None,
+        target_condition: Tensor | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        condition_guidance_scale: float | None = None,
+        context_window: int | None = None,
+        context_sink: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> ManyToManyPipelineOutput:
+        """Generate `num_images` images for every set of preceding images.
+
+        Args:
+            images: preceding images: a list of PIL images (one set), a list of lists (sets of any lengths), or
+                (sets, W, 3, H, W) floats in [0, 1]. None or an empty list: no preceding images.
+            preceding: in place of `images`, what the U-Net reads of them: scaled latents (sets, W, C, h, w) for
+                M2M-Self, DINO features (sets, W, tokens, width) for M2M-DINO.
+            condition: of the preceding images, (sets, W, numbers); a list of (W, numbers) for sets of unequal lengths.
+            target_condition: of the images to make, (sets, num_images, numbers). Poses are relative to the first
+                preceding image.
+            guidance_scale: s of Eq. 6, s_I of Eq. 7; 1 guides nothing.
+            condition_guidance_scale: s_C of Eq. 7; s_I where None.
+            context_window: W: how many preceding images, given and made, a target reads.
+            context_sink: how many of them are always the first ones, so that a long rollout keeps real images in sight.
+            height, width: of the images, in pixels.
+            generator: one for all, or one for each set (then a set's images don't depend on the other sets).
+            latents: initial noise, (sets, num_images, C, h, w), in place of `generator`.
+            output_type: "pil", "pt" ((sets, num_images, 3, H, W) floats in [0, 1]) or "latent" (scaled latents).
+            callback_on_step_end: called as `callback(pipeline, step, timestep, {"latents": ...})`; steps count on from
+                image to image. May return other latents.
+
+        Raises:
+            InputError: arguments that don't fit the model or each other.
+        """
+        if output_type not in ("pil", "pt", "latent"):
+            raise InputError(f"output_type {output_type!r} is not known. There are: pil, pt, latent")
+        if num_images < 1 or num_inference_steps < 1:
+            raise InputError(f"num_images={num_images}, num_inference_steps={num_inference_steps}: at least 1 of each")
+        if images is not None and preceding is not None:
+            raise InputError("give either images or what was encoded of them (preceding), not both")
+        device, scale = self._execution_device, pixels_per_latent(self.vae)
+        size = image_size(scale, self.unet.config["sample_size"], images, latents, height, width)
+        if preceding is not None:
+            sets = list(preceding.to(device, self.unet.dtype))
+        elif images is not None:
+            sets = [one.to(device) for one in as_sets(images, size)]
+        else:
+            sets = [torch.zeros(0, 3, *size, device=device)] * count_sets(latents, target_condition, generator)
+        conditions = paired_conditions(self.unet, condition, target_condition, sets, num_images)
+        shape = (len(sets), num_images, self.unet.config["in_channels"], size[0] // scale, size[1] // scale)
+        noise = initial_noise(shape, latents, generator, device)
+        window = self.config["context_window"] if context_window is None else context_window
+        sink = self.config["context_sink"] if context_sink is None else context_sink
+
+        made: dict[int, tuple[Tensor, Tensor | None]] = {}
+        groups = _equal_lengths(sets)
+        total = len(groups) * num_images * num_inference_steps
+        with self.progress_bar(total=total) as progress:  # type: ignore[call-arg]
+            for members in groups:
+                given = torch.stack([sets[member] for member in members])
+                rollout = _Rollout(
+                    noise=noise[members],
+                    steps=num_inference_steps,
+                    condition=None if conditions is None else torch.stack([conditions[0][m] for m in members]),
+                    target=None if conditions is None else conditions[1][members],
+                    images_scale=guidance_scale,
+                    condition_scale=condition_guidance_scale,
+                    window=window,
+                    sink=sink,
+                    generator=[generator[m] for m in members] if isinstance(generator, list | tuple) else generator,
+                    decode=output_type != "latent",
+                    tick=progress.update,
+                    callback=callback_on_step_end,
+                )
+                clean = given if preceding is not None else self._encoded(given)
+                latent, decoded = self._generate(clean, rollout)
+                for place, member in enumerate(members):
+                    made[member] = latent[place], None if decoded is None else decoded[place]
+        self.maybe_free_model_hooks()
+        ordered = [made[number] for number in range(len(sets))]
+        if output_type == "latent":
+            return ManyToManyPipelineOutput(images=torch.stack([latent for latent, _ in ordered]))
+        pictures = torch.stack([picture for _, picture in ordered if picture is not None])
+        return ManyToManyPipelineOutput(images=pictures if output_type == "pt" else [as_pil(one) for one in pictures])
+
+    def encode(self, images: Tensor) -> Tensor:
+        """What the U-Net reads of pictures (B, 3, H, W), floats in [0, 1].
+
+        Returns:
+            M2M-Self: scaled latents (B, C, h, w), the mode of the posterior. M2M-DINO: the last hidden states of
+            DINOv2, class token included, (B, tokens, width).
+        """
+        if self.unet.variant == "self":
+            return encode_images(self.vae, images)
+        from m2m.generation.features import dino_preprocess
+
+        encoder = self.image_encoder
+        size = self.config["feature_size"] or encoder.config.image_size
+        pixels = dino_preprocess(
+            images.to(encoder.device), size, self.config["feature_mean"], self.config["feature_std"]
+        )
+        return encoder(pixel_values=pixels.to(encoder.dtype), interpolate_pos_encoding=True).last_hidden_state
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "ManyToManyPipeline":
+        """Load a saved pipeline, strictly.
+
+        Raises:
+            InputError, ConfigError: what does not belong into the folder, or is missing there, by name.
+        """
+        if Path(pretrained_model_name_or_path).is_dir():
+            _check_saved_pipeline(Path(pretrained_model_name_or_path))
+        kwargs["use_safetensors"] = True  # pickles can run code
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[return-value]
+
+    # --- one group of sets with equally many preceding images ---------------------------------------------------
+
+    def _generate(self, clean: Tensor, rollout: "_Rollout") -> tuple[Tensor, Tensor | None]:
+        """Latents (sets, n, C, h, w) and, where they are wanted, pictures of one image after another."""
+        three = rollout.target is not None and rollout.condition_scale not in (None, rollout.images_scale)
+        memory = PrecedingImages(
+            self.unet,
+            rollout.window,
+            rollout.sink,
+            with_condition=rollout.target is not None,
+            without_condition=rollout.target is None or three,
+        )
+        memory.add(clean, rollout.condition)
+        latents, pictures = [], []
+        count = rollout.noise.shape[1]
+        for number in range(count):
+            target = None if rollout.target is None else rollout.target[:, number]
+            latents.append(self._denoise(rollout, number, target, memory))
+            is_read = number < count - 1
+            if rollout.decode or (is_read and self.unet.variant == "dino"):
+                pictures.append(decode_latents(self.vae, latents[-1]))
+            if is_read:
+                # a latent is read as it was made: encoding its picture again would only lose detail
+                read = latents[-1].to(self.unet.dtype) if self.unet.variant == "self" else self.encode(pictures[-1])
+                memory.add(read[:, None], None if target is None else target[:, None])
+        return torch.stack(latents, 1), torch.stack(pictures, 1) if rollout.decode else None
+
+    def _denoise(self, rollout: "_Rollout", number: int, target: Tensor | None, memory: PrecedingImages) -> Tensor:
+        self.scheduler.set_timesteps(rollout.steps, device=self._execution_device)
+        latents = rollout.noise[:, number] * self.scheduler.init_noise_sigma
+        null = self.unet.null_context(latents.to(self.unet.dtype)) if rollout.guided else None
+        for step, timestep in enumerate(self.scheduler.timesteps):
+            both, images = memory.contexts(timestep)
+            predictions = guided_predictions(
+                null=null if both or images else None,
+                images=images,
+                both=both,
+                condition=target,
+                guidance_scale=rollout.images_scale,
+                condition_guidance_scale=rollout.condition_scale,
+            )
+            noisy = self.scheduler.scale_model_input(latents, timestep).to(self.unet.dtype)
+            branches = [(prediction.context, prediction.condition) for prediction in predictions]
+            noise = weighted_sum(
+                [prediction.weight for prediction in predictions],
+                self.unet.denoise_branches(noisy, timestep, branches),
+            )
+            latents = self.scheduler.step(
+                noise, timestep, latents, **rollout.step_arguments(self.scheduler)
+            ).prev_sample
+            if rollout.callback is not None:
+                outputs = rollout.callback(self, number * rollout.steps + step, timestep, {"latents": latents}) or {}
+                latents = outputs.get("latents", latents)
+            rollout.tick()
+        return latents
+
+    def _encoded(self, pictures: Tensor) -> Tensor:
+        """(sets, W, 3, H, W) -> what the U-Net reads, (sets, W, ...)."""
+        sets, count = pictures.shape[:2]
+        if count == 0:  # of no images: shapes after the second do not matter
+            return pictures
+        return self.encode(pictures.flatten(0, 1)).to(self.unet.dtype).unflatten(0, (sets, count))
+
+
+@dataclass(frozen=True)
+class _Rollout:
+    """What one group of sets is generated with; tensors as in `ManyToManyPipeline.__call__`."""
+
+    noise: Tensor
+    steps: int
+    condition: Tensor | None
+    target: Tensor | None
+    images_scale: float
+    condition_scale: float | None
+    window: int | None
+    sink: int
+    generator: Any
+    decode: bool
+    tick: Callable[[], Any]
+    callback: Callable[..., dict[str, Any]] | None
+
+    @property
+    def guided(self) -> bool:
+        return self.images_scale != 1
+
+    def step_arguments(self, scheduler: Any) -> dict[str, Any]:
+        """DDIM without added noise needs none; samplers that draw noise get the generator."""
+        draws = "generator" in scheduler.step.__code__.co_varnames
+        return {"generator": self.generator} if draws and self.generator is not None else {}
+
+
+def load_pipeline(folder: str | Path, variant: str | None = None, compute: Compute | None = None) -> ManyToManyPipeline:
+    """A trained pipeline from its folder, ready to sample.
+
+    Args:
+        variant: "self" or "dino" where the caller can use only one.
+
+    Raises:
+        ArtifactError: the folder is missing, or holds the other variant.
+        InputError, ConfigError: it is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / "model_index.json").is_file():
+        raise ArtifactError(f"{folder}: no trained model here (model_index.json). `python -m m2m pretrain` makes one")
+    there = read_json(folder / "unet" / "config.json").get("variant")
+    if variant is not None and there != variant:
+        raise ArtifactError(
+            f"{folder} was made by {VARIANTS.get(str(there), there)} (unet/config.json: variant {there}); "
+            f"{variant} was asked for"
+        )
+    device = start_compute(compute)
+    pipeline = ManyToManyPipeline.from_pretrained(folder, torch_dtype=torch_dtype(compute))
+    for part in (pipeline.vae, pipeline.unet, pipeline.image_encoder):
+        if part is not None:
+            part.eval().requires_grad_(False)
+    return pipeline.to(device)
+
+
+def _check_saved_pipeline(folder: Path) -> None:
+    path = folder / "model_index.json"
+    index = read_json(path)
+    if index.get("_class_name") != ManyToManyPipeline.__name__:
+        raise ConfigError(f"{path}: a {index.get('_class_name')}, not a {ManyToManyPipeline.__name__}")
+    if index.get("format_version") != FORMAT_VERSION:
+        raise ConfigError(f"{path}: format_version {index.get('format_version')}; this version reads {FORMAT_VERSION}")
+    modules, settings = ManyToManyPipeline._get_signature_keys(ManyToManyPipeline)
+    known = {*modules, *settings}
+    for key in index:
+        if key not in known and not key.startswith("_"):
+            raise ConfigError(f"{path}: {key} is not a part or a setting of {ManyToManyPipeline.__name__}")
+    for key in sorted(known):
+        if key not in index:
+            raise ConfigError(f"{path}: {key} is missing")
+    for part in sorted(modules):
+        if index[part][0] is not None and not (folder / part).is_dir():
+            raise InputError(f"{folder / part}: no such folder; {path} names it")
+
+
+def _equal_lengths(sets: Sequence[Tensor]) -> list[list[int]]:
+    """Numbers of the sets, those with equally many preceding images together."""
+    groups: dict[int, list[int]] = {}
+    for number, images in enumerate(sets):
+        groups.setdefault(len(images), []).append(number)
+    return list(groups.values())

@@ -1,0 +1,86 @@
+"""The preceding images of a running rollout: each encoded once in its life, the oldest leaving by the window.
+
+Belongs here: adding images, the context window, contexts with and without conditions. Not here: pictures.
+"""
+
+import torch
+from torch import Tensor
+
+from m2m.errors import InputError
+from m2m.models.context import Context
+from m2m.models.unet import ManyToManyUNet
+
+
+class PrecedingImages:
+    """What targets read, growing by one image for each that is made (paper, section 6.1, inference)."""
+
+    def __init__(
+        self,
+        unet: ManyToManyUNet,
+        window: int | None = None,
+        sink: int = 0,
+        with_condition: bool = False,
+        without_condition: bool = True,
+    ) -> None:
+        """
+        Args:
+            window: the paper's W: at most so many images are read; None reads all.
+            sink: how many of them are always the first ones; the others are the newest.
+            with_condition, without_condition: which of the two contexts guidance will ask for.
+
+        Raises:
+            InputError: a window that can't hold its sink.
+        """
+        if sink < 0 or (window is not None and window < sink):
+            raise InputError(f"context_window={window} can't hold context_sink={sink} images")
+        self._unet = unet
+        self._recent = None if window is None else window - sink
+        self._sink = sink
+        self._kinds = [kind for kind, wanted in ((True, with_condition), (False, without_condition)) if wanted]
+        self._contexts: dict[bool, Context] = {}
+        # a model whose clean images share the noisy ones' timestep has nothing that lasts longer than a step
+        self._forgetful = unet.variant == "self" and unet.config["clean_timestep"] is None
+        self._clean: Tensor | None = None
+        self._conditions: Tensor | None = None
+
+    def add(self, clean: Tensor, condition: Tensor | None = None) -> None:
+        """Append images to every set, and let the window forget.
+
+        Args:
+            clean: what the U-Net reads of them: latents (sets, n, C, h, w) or features (sets, n, tokens, width).
+            condition: (sets, n, numbers).
+        """
+        if not self._contexts and self._clean is None:
+            clean, condition = self._windowed(clean), None if condition is None else self._windowed(condition)
+        if clean.shape[1] == 0 or self._recent == self._sink == 0:
+            return
+        if self._forgetful:
+            self._clean = self._windowed(_joined(self._clean, clean))
+            if condition is not None:
+                self._conditions = self._windowed(_joined(self._conditions, condition))
+            return
+        for kind in self._kinds:
+            newer = self._unet.encode_context(clean, condition if kind else None)
+            context = self._contexts[kind].append(newer) if kind in self._contexts else newer
+            kept = context if self._recent is None else context.window(self._recent, self._sink)
+            if kept is not None:
+                self._contexts[kind] = kept
+
+    def contexts(self, timestep: Tensor) -> tuple[Context | None, Context | None]:
+        """What targets read at a step: (with conditions, without); None where there is no image."""
+        if self._forgetful and self._clean is not None:
+            self._contexts = {
+                kind: self._unet.encode_context(self._clean, self._conditions if kind else None, timestep)
+                for kind in self._kinds
+            }
+        return self._contexts.get(True), self._contexts.get(False)
+
+    def _windowed(self, images: Tensor) -> Tensor:
+        if self._recent is None or images.shape[1] <= self._recent + self._sink:
+            return images
+        newest = images[:, images.shape[1] - self._recent :]
+        return torch.cat([images[:, : self._sink], newest], dim=1)
+
+
+def _joined(older: Tensor | None, newer: Tensor) -> Tensor:
+    return newer if older is None else torch.cat([older, newer], dim=1)
