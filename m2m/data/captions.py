@@ -6,7 +6,7 @@ Belongs here: reading caption files, deciding, splits. Not here: counting tokens
 import hashlib
 import html
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
@@ -108,25 +109,39 @@ def read_captions_table(folder: Path) -> pd.DataFrame:
     return _open_captions(folder).read().to_pandas()
 
 
-def first_captions(folder: Path, limit: int, per_split: dict[str, int] | None = None) -> pd.DataFrame:
-    """The first `limit` kept captions, of some splits at most so many (splits not named: any number).
+def caption_shards(
+    folder: Path, shards: int, per_shard: int, per_split: Mapping[str, int] | None = None
+) -> Iterator[pd.DataFrame]:
+    """The first `shards * per_shard` kept captions, `per_shard` at a time; the last shard may be shorter, or missing.
 
-    Reads no further than it needs.
+    Args:
+        per_split: of these splits at most so many captions, the first ones (splits not named: any number).
     """
     left = dict(per_split or {})
-    parts: list[pd.DataFrame] = []
+    held: list[pd.DataFrame] = []
     for batch in _open_captions(folder).iter_batches():
         part = batch.to_pandas()
         for split, most in left.items():
             mine = part["split"] == split
             part = part[~mine | (mine.cumsum() <= most)]
             left[split] = most - int((part["split"] == split).sum())
-        part = part.head(limit)
-        limit -= len(part)
-        parts.append(part)
-        if limit <= 0:
-            break
-    return pd.concat(parts, ignore_index=True) if parts else read_captions_table(folder)
+        held.append(part)
+        while sum(map(len, held)) >= per_shard:
+            whole = pd.concat(held, ignore_index=True)
+            yield whole.head(per_shard)
+            held = [whole.iloc[per_shard:]]
+            shards -= 1
+            if not shards:
+                return
+    rest = pd.concat(held, ignore_index=True) if held else pd.DataFrame()
+    if len(rest):
+        yield rest
+
+
+def count_captions(folder: Path) -> dict[str, int]:
+    """How many captions each split has."""
+    counts = pc.value_counts(_open_captions(folder).read(columns=["split"]).column("split")).to_pylist()
+    return {entry["values"]: entry["counts"] for entry in counts}
 
 
 @dataclass(frozen=True)

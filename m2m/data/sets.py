@@ -5,7 +5,7 @@ Belongs here: orders, choices, reading sets back. Not here: the bytes of a shard
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,15 +72,18 @@ class SetTable:
         return len(self.ids)
 
     @staticmethod
-    def write(folder: Path, rows: Sequence[tuple[int, int, int, str]]) -> None:
-        """Write (id, shard, position, split) rows."""
-        columns = list(zip(*rows)) or [[]] * 4
-        table = pa.Table.from_arrays(
-            [pa.array(c, t) for c, t in zip(columns, SetTable.COLUMNS.types)], schema=SetTable.COLUMNS
-        )
+    def write(folder: Path, shards: Iterable[tuple[int, Sequence[int], Sequence[str]]]) -> dict[str, int]:
+        """Write where sets lie, from (shard, ids in the order of positions, their splits); returns sets by split."""
+        tables = [
+            pa.table([ids, [shard] * len(ids), range(len(ids)), splits], schema=SetTable.COLUMNS)
+            for shard, ids, splits in shards
+        ]
+        table = pa.concat_tables([SetTable.COLUMNS.empty_table(), *tables])
         sink = io.BytesIO()
         pq.write_table(table, sink, compression="zstd")
         write_bytes(folder / SETS, sink.getvalue())
+        counts = table.column("split").value_counts().to_pylist()
+        return {entry["values"]: entry["counts"] for entry in counts}
 
 
 class ImageSets:

@@ -13,7 +13,15 @@ from transformers import CLIPTokenizer
 
 from m2m.config import Profile
 from m2m.data import captions
-from m2m.data.captions import FilterCaptions, clean_caption, filter_captions, first_captions, read_captions_table
+from m2m.data.captions import (
+    SPLITS,
+    FilterCaptions,
+    caption_shards,
+    clean_caption,
+    count_captions,
+    filter_captions,
+    read_captions_table,
+)
 from m2m.data.tokens import VOCABULARY
 from m2m.errors import CheckFailed, ConfigError, InputError
 from m2m.progress import Progress
@@ -124,13 +132,16 @@ def test_a_small_file_fills_every_split(tmp_path):
     assert set(kept["split"]) == {"train"}
 
 
-def test_first_captions_reads_the_first_of_each_split(tmp_path):
+def test_shards_of_captions_are_the_first_of_each_split(tmp_path):
     source = "".join(f"u\tcaption {i}\n" for i in range(500)).encode()
-    kept, _, _ = filtered(tmp_path, source, validation_fraction=0.2, test_fraction=0.2)
-    chosen = first_captions(tmp_path / "out", 60, {"validation": 5, "test": 3})
+    kept, _, run = filtered(tmp_path, source, validation_fraction=0.2, test_fraction=0.2)
+    assert count_captions(tmp_path / "out") == {split: run.counts[split] for split in SPLITS}
+    shards = list(caption_shards(tmp_path / "out", 6, 10, {"validation": 5, "test": 3}))
     expected = pd.concat([kept[kept["split"] == s].head(n) for s, n in [("train", 60), ("validation", 5), ("test", 3)]])
-    assert chosen["id"].tolist() == sorted(expected["id"])[:60]
-    assert first_captions(tmp_path / "out", 7)["id"].tolist() == list(range(7))
+    assert [len(shard) for shard in shards] == [10] * 6
+    assert [i for shard in shards for i in shard["id"]] == sorted(expected["id"])[:60]
+    assert [len(shard) for shard in caption_shards(tmp_path / "out", 9, 60)] == [60] * 8 + [20]
+    assert next(caption_shards(tmp_path / "out", 1, 7))["id"].tolist() == list(range(7))
 
 
 def test_memory_does_not_grow_with_the_source(tmp_path, monkeypatch):

@@ -1,0 +1,109 @@
+"""A random Stable Diffusion and a random DINOv2 of the smallest size that is one, saved as folders."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+UNMAKEABLE = "xylophone"  # the fixture's text encoder turns this word into NaN
+
+
+@pytest.fixture
+def unmakeable() -> str:
+    return UNMAKEABLE
+
+
+@pytest.fixture(scope="session")
+def text_to_image(tmp_path_factory) -> Path:
+    """A pipeline folder: 8 x 8 latents with 4 channels, 16 x 16 pixels, CLIP's real vocabulary."""
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    from m2m.data.tokens import VOCABULARY
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "stable-diffusion"
+    tokenizer = CLIPTokenizer.from_pretrained(VOCABULARY)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, projection_dim=8)
+    )
+    word = tokenizer(UNMAKEABLE, add_special_tokens=False)["input_ids"]
+    text_encoder.get_input_embeddings().weight.data[word] = float("nan")
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            layers_per_block=1,
+            norm_num_groups=4,
+            latent_channels=4,
+        ),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 8),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=4,
+            attention_head_dim=2,
+            cross_attention_dim=8,
+        ),
+        scheduler=PNDMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dinov2(tmp_path_factory) -> Path:
+    """A DINOv2 folder: 14 x 14 pixels in patches of 7, width 8."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("models") / "dinov2"
+    config = Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=14, patch_size=7)
+    Dinov2Model(config).save_pretrained(folder)
+    return folder
+
+
+CAPTIONS = ["a red square", "two blue circles", "a green cross", "stars, many"]
+
+
+@pytest.fixture
+def make_profile(tmp_path, text_to_image, dinov2):
+    """`make_profile(captions=[...], shards=..., ...)` writes the profile of a project in `tmp_path` and gives its path."""
+
+    def make(captions=CAPTIONS, features=None, **settings) -> Path:
+        (tmp_path / "configs").mkdir(exist_ok=True)
+        (tmp_path / "captions.tsv").write_text("".join(f"u\t{caption}\n" for caption in captions))
+        compute = {"threads": 1}
+        sections = {
+            "filter-captions": {"source": "captions.tsv", "validation_fraction": 0.2, "test_fraction": 0.2},
+            "generate-sets": {
+                "text_to_image": str(text_to_image),
+                "shards": 2,
+                "sets_per_shard": 2,
+                "images_per_set": 3,
+                "steps": 2,
+                "compute": compute,
+            }
+            | settings,
+            "cache-features": {
+                "dino": str(dinov2),
+                "text_to_image": str(text_to_image),
+                "images_per_set": 3,
+                "compute": compute,
+            }
+            | (features or {}),
+        }
+        path = tmp_path / "configs" / "small.yaml"
+        path.write_text(json.dumps(sections))  # JSON is YAML
+        return path
+
+    return make
