@@ -132,6 +132,11 @@ class ImageSets:
         """The set's shard and its position in it."""
         return int(self.table.shards[i]), int(self.table.positions[i])
 
+    def first_of_shards(self) -> dict[int, int]:
+        """For each shard, which set of this split is its first (the others follow)."""
+        shards, first = np.unique(self.table.shards, return_index=True)
+        return dict(zip(shards.tolist(), first.tolist()))
+
     def caption(self, i: int) -> str:
         return self.said(i)["caption"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-UNMAKEABLE = "xylophone"  # the fixture's text encoder turns this word into NaN
+UNMAKEABLE = "~"  # the fixture's text encoder turns this token into NaN
 
 
 @pytest.fixture
@@ -16,18 +16,18 @@ def unmakeable() -> str:
 
 @pytest.fixture(scope="session")
 def text_to_image(tmp_path_factory) -> Path:
-    """A pipeline folder: 8 x 8 latents with 4 channels, 16 x 16 pixels, CLIP's real vocabulary."""
+    """A pipeline folder: 8 x 8 latents with 4 channels, 16 x 16 pixels, a vocabulary of single bytes."""
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    from m2m.data.tokens import VOCABULARY
-
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models") / "stable-diffusion"
-    tokenizer = CLIPTokenizer.from_pretrained(VOCABULARY)
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, projection_dim=8)
-    )
+    letters = [chr(code) for code in range(33, 127)]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    ends = {"bos_token_id": len(tokens) - 2, "eos_token_id": len(tokens) - 1, "pad_token_id": len(tokens) - 1}
+    text_encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokens), projection_dim=8, **sizes, **ends))
     word = tokenizer(UNMAKEABLE, add_special_tokens=False)["input_ids"]
     text_encoder.get_input_embeddings().weight.data[word] = float("nan")
     pipeline = StableDiffusionPipeline(
@@ -77,7 +77,7 @@ CAPTIONS = ["a red square", "two blue circles", "a green cross", "stars, many"]
 
 @pytest.fixture
 def make_profile(tmp_path, text_to_image, dinov2):
-    """`make_profile(captions=[...], shards=..., ...)` writes the profile of a project in `tmp_path` and gives its path."""
+    """`make_profile(captions=[...], shards=..., ...)` writes a profile into `tmp_path` and gives its path."""
 
     def make(captions=CAPTIONS, features=None, **settings) -> Path:
         (tmp_path / "configs").mkdir(exist_ok=True)

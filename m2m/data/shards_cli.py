@@ -1,0 +1,125 @@
+"""`python -m m2m shards list|show|verify`: what lies in a stage's shards.
+
+Belongs here: looking at shards. Not here: making them (their stages do, and make damaged ones again).
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from m2m.data.shards import FOLDER, ShardReader, read_record, shard_faults
+from m2m.errors import ArtifactError, ConfigError
+from m2m.stages import STAGES
+
+_STAGES = [stage.key for stage in STAGES.values() if stage.partitioned]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from m2m.cli import add_profile_argument
+
+    parser.add_argument("action", choices=("list", "show", "verify"))
+    add_profile_argument(parser)
+    parser.add_argument("stage", nargs="?", default=_STAGES[0], choices=_STAGES)
+    parser.add_argument("--shards", metavar="N-M", help="for example 0-3,7; all by default")
+    parser.add_argument("--sets", type=int, default=4, help="show: how many sets")
+    parser.add_argument("--images", type=int, default=8, help="show: how many images of each")
+    parser.add_argument("--output", type=Path, default=Path("sets.png"), help="show: the picture to write")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run one action; 1 where shards are damaged.
+
+    Raises:
+        ArtifactError: there are no shards, or those asked for.
+    """
+    from m2m.cli import open_profile
+
+    stage = STAGES[args.stage]
+    out = current_folder(stage.folder(open_profile(args.config)))
+    numbers = _numbers(out, args.shards)
+    match args.action:
+        case "list":
+            for line in listed(out, numbers):
+                print(line)
+        case "verify":
+            return verify(out, numbers)
+        case "show":
+            if stage.command != "generate-sets":
+                raise ConfigError(f"{stage.key} holds no pictures; show those of generate-sets")
+            show(out, numbers, args.sets, args.images, args.output)
+    return 0
+
+
+def current_folder(folder: Path) -> Path:
+    """The output, or where it is not there yet what is being made of it.
+
+    Raises:
+        ArtifactError: neither.
+    """
+    partial = sorted(folder.parent.glob(f"{folder.name}.partial-*"), key=lambda path: path.stat().st_mtime)
+    for there in (folder, *reversed(partial)):
+        if (there / FOLDER).is_dir():
+            return there
+    raise ArtifactError(f"{folder} has no shards yet; make them with: python -m m2m {folder.name}")
+
+
+def listed(out: Path, numbers: list[int]) -> Iterator[str]:
+    """A line for each shard, and one for all."""
+    yield f"{out}"
+    sets = size = 0
+    for number in numbers:
+        try:
+            record = read_record(out, number)
+        except ArtifactError as error:
+            yield f"  {number:05d}  not whole: {error}"
+            continue
+        failed = f", {len(record.failed)} failed" if record.failed else ""
+        keys = ShardReader(out, number).keys
+        span = f"{keys[0]} to {keys[-1]}" if keys else "nothing"
+        yield f"  {number:05d}  {record.sets} sets{failed}, {record.bytes:,} bytes, {span}, sha256 {record.sha256[:12]}"
+        sets, size = sets + record.sets, size + record.bytes
+    yield f"{len(numbers)} shards, {sets:,} sets, {size:,} bytes"
+
+
+def verify(out: Path, numbers: list[int]) -> int:
+    """Read every byte; say what is wrong with which shard, and what to do."""
+    damaged = 0
+    for number in numbers:
+        faults = shard_faults(out, number)
+        damaged += bool(faults)
+        print(f"{number:05d}  {'; '.join(faults) or 'whole'}")
+    if damaged:
+        print(f"{damaged} of {len(numbers)} shards are damaged: delete their json files and run the stage again")
+    return int(damaged > 0)
+
+
+def show(out: Path, numbers: list[int], sets: int, images: int, output: Path) -> None:
+    """Write a contact sheet of the first sets of some shards.
+
+    Raises:
+        ArtifactError: the sets were made without pictures.
+    """
+    from m2m.data.sets import ImageSets
+    from m2m.pictures import contact_sheet
+
+    found = ImageSets(out)
+    wanted = set(numbers)
+    chosen = [i for i in range(len(found)) if found.place(i)[0] in wanted][:sets]
+    shown = range(min(images, found.images_per_set))
+    rows = [found.pictures(i, shown) for i in chosen]
+    contact_sheet(rows, [f"{found.caption_id(i)}: {found.caption(i)}" for i in chosen]).save(output)
+    print(f"{output}: {len(rows)} sets, {len(shown)} images each")
+
+
+def _numbers(out: Path, asked: str | None) -> list[int]:
+    from m2m.cli import parse_shards
+
+    there = sorted(int(path.stem) for path in (out / FOLDER).glob("[0-9]*.json"))
+    if asked is None:
+        if not there:
+            raise ArtifactError(f"{out} has no whole shard yet")
+        return there
+    try:
+        return parse_shards(asked)
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"--shards: {error}") from None
