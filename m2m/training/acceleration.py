@@ -12,22 +12,18 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
 from m2m.config import Compute
-from m2m.errors import ConfigError
+from m2m.models.text_to_image import start_compute
 
 
 def open_accelerator(compute: Compute) -> Accelerator:
     """Accelerate for the device and precision of the settings, whatever this process trained before.
 
     Raises:
-        ConfigError: cuda was asked for and there is none.
+        InputError: cuda was asked for and there is none.
     """
-    if compute.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("compute.device is cuda, but torch sees no GPU here: set compute.device=cpu")
-    if compute.device == "cuda":
-        # read when cuBLAS starts: without it its results may differ from run to run
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    else:
-        torch.set_num_threads(compute.threads)
+    # read when cuBLAS starts: without it its results may differ from run to run
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    start_compute(compute)
     if PartialState._shared_state and not torch.distributed.is_initialized():
         AcceleratorState._reset_state(reset_partial_state=True)
     precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[compute.dtype]
@@ -47,10 +43,10 @@ def deterministic_kernels(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    before = torch.aredeterministic_algorithms_enabled()
-    torch.usedeterministic_algorithms(True, warn_only=True)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time, mends nothing
     try:
         yield
     finally:
-        torch.usedeterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before)

@@ -178,7 +178,7 @@ class _Trainer:
             total = torch.zeros((), device=self.accelerator.device)
             for _ in plan.micro_batches(batch):
                 total += self._accumulate(next(micro_batches), epoch, len(batch))
-            value = float(self.accelerator.reduce(total, "sum"))
+            value = self.accelerator.reduce(total, "sum").item()  # type: ignore[union-attr]
             if not math.isfinite(value):
                 raise self._not_finite("loss", value, step, batch)
             rate = self.settings.learning_rate * min(1.0, step / max(1, self.settings.warmup_steps))

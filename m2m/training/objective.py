@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor, nn
 
 from m2m.errors import InputError
@@ -68,7 +68,7 @@ class Objective:
 class SetLoss(nn.Module):
     """The loss of Eq. 5 around a U-Net, as a module, so that autocast reaches all of its forward pass."""
 
-    def __init__(self, unet: ManyToManyUNet, schedule: DDPMScheduler) -> None:
+    def __init__(self, unet: ManyToManyUNet, schedule: DDPMScheduler | DDIMScheduler) -> None:
         """
         Args:
             schedule: the forward diffusion of the text-to-image model that the weights come from.

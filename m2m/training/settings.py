@@ -49,10 +49,9 @@ class TrainingSettings(StageConfig):
     workers: Annotated[int, Incidental()] = Field(0, ge=0, description="processes that read data; 0: this one")
     validation_sets: int = Field(64, ge=0, description="held-out sets of the validation loss, before and after")
     sample_sets: int = Field(4, ge=0, description="held-out sets in the sample picture; 0: no picture")
-    sample_images: int = Field(4, ge=1, description="images generated for each of them")
     num_inference_steps: int = Field(50, ge=1, description="DDIM steps of the sample picture")
     guidance_scale: float = Field(7.5, ge=1, description="of the sample picture")
-    compute: Compute = Compute()
+    compute: Compute = Compute.model_validate({})
 
     @model_validator(mode="after")
     def _dtype_can_train(self) -> "TrainingSettings":

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from m2m.errors import CheckFailed, ConfigError, InputError
+from m2m.errors import CheckFailed, InputError
 from m2m.training import checkpoints
 from m2m.training.loop import LOG, STOPPED
 from tests.training.toy import ToySets, toy_training, toy_unet
@@ -155,7 +155,7 @@ def test_what_can_not_be_trained_is_said(tmp_path):
     with pytest.raises(ValueError, match="loss scaling"):
         toy_training(tmp_path, compute={"dtype": "float16"})
     if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match=r"compute\.device=cpu"):
+        with pytest.raises(InputError, match=r"compute\.device=cpu"):
             toy_training(tmp_path, compute={"device": "cuda"})
 
 

@@ -34,7 +34,7 @@ UNET_CONFIG = {
     "norm_num_groups": 4,
     "use_linear_projection": True,
 }
-COMPUTE = Compute(threads=1)
+COMPUTE = Compute(device="cpu", dtype="float32", threads=1)
 
 
 class ToySets:

@@ -1,0 +1,126 @@
+"""Pre-training: a pipeline that loads and samples, made again from what a kill left, started from what it says."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from m2m.artifacts import record_files
+from m2m.errors import ArtifactError, ConfigError, InputError
+from m2m.pipelines.many_to_many import load_pipeline
+from m2m.training.pretrain import MisSets, Pretrain, pretrain
+from m2m.training.starting import check_start
+
+
+@pytest.fixture
+def settings(models, quick):
+    def make(**changes) -> Pretrain:
+        sources = {"text_to_image": str(models / "text-to-image"), "dino": str(models / "dino"), "features": "online"}
+        return Pretrain.model_validate({**sources, **quick, "sample_images": 2, **changes})
+
+    return make
+
+
+@pytest.mark.parametrize("variant", ["self", "dino"])
+def test_a_pretrained_folder_is_a_pipeline_with_its_log_and_figures(variant, settings, start_run, image_sets):
+    run = start_run(f"pretrain@{variant}", {"sets": image_sets})
+    pretrain(settings(), run)
+    pipeline = load_pipeline(run.out, variant)
+    made = pipeline(images=torch.rand(1, 2, 3, 16, 16), num_images=2, num_inference_steps=2, output_type="pt").images
+    assert made.shape == (1, 2, 3, 16, 16)
+    assert len((run.out / "training_log.jsonl").read_text().splitlines()) == 4
+    assert (run.out / "sample.png").is_file() and not (run.out / "checkpoints").exists()
+    assert run.counts == {"sets": 8, "steps": 4}
+    figures = run.summary["figures"]
+    assert figures["started_from"].endswith("text-to-image, made by: make text-to-image")
+    assert figures["validation_loss_before"] > 0 and figures["validation_loss_after"] > 0
+    assert run.summary["checks"] == {"loss_finite": "", "weights_finite": ""}
+    assert run.summary["curves"]["training loss"]["step"] == [1, 2, 3, 4]
+
+
+def test_the_same_training_leaves_the_same_bytes_wherever_its_sources_lie(
+    settings, start_run, image_sets, models, tmp_path
+):
+    first, second = (start_run("pretrain@self", {"sets": image_sets}, name) for name in ("first", "second"))
+    pretrain(settings(), first)
+    elsewhere = shutil.copytree(models / "text-to-image", tmp_path / "elsewhere")
+    pretrain(settings(text_to_image=str(elsewhere)), second)
+    assert record_files(first.out) == record_files(second.out)
+
+
+def test_a_run_after_the_last_checkpoint_only_finishes(settings, start_run, image_sets, monkeypatch):
+    whole = start_run("pretrain@self", {"sets": image_sets}, "whole")
+    pretrain(settings(), whole)
+    run = start_run("pretrain@self", {"sets": image_sets})
+    with monkeypatch.context() as killed:
+        killed.setattr("m2m.training.course.save_pipeline", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(settings(), run)
+    with monkeypatch.context() as no_more_training:
+        no_more_training.setattr("m2m.training.loop.batch_losses", _killed)
+        pretrain(settings(), run)
+    assert record_files(run.out) == record_files(whole.out)
+
+
+def test_training_can_start_from_a_trained_folder_of_its_variant(settings, start_run, image_sets):
+    first = start_run("pretrain@self", {"sets": image_sets}, "first")
+    pretrain(settings(), first)
+    run = start_run("pretrain@self", {"sets": image_sets}, "second")
+    pretrain(settings(init_from=str(first.out), epochs=1), run)
+    before, after = first.summary["figures"], run.summary["figures"]
+    assert after["validation_loss_before"] == pytest.approx(before["validation_loss_after"], rel=1e-4)
+    assert after["started_from"] == str(first.out)
+    with pytest.raises(ArtifactError, match=r"made by M2M-Self.*dino was asked for"):
+        pretrain(settings(init_from=str(first.out)), start_run("pretrain@dino", {"sets": image_sets}, "third"))
+    with pytest.raises(ConfigError, match="trained with clean_timestep=0; clean_timestep=5"):
+        pretrain(settings(init_from=str(first.out), clean_timestep=5), run)
+
+
+def test_no_trained_model_to_start_from_is_said(tmp_path):
+    with pytest.raises(ArtifactError, match="no trained model here"):
+        check_start(tmp_path, "self")
+
+
+def test_a_fresh_choice_each_epoch_reads_other_images(image_sets):
+    from m2m.data.sets import TrainingSets
+
+    frozen, fresh = (MisSets(TrainingSets(image_sets, "train", 3, 0, frozen_choice=choice)) for choice in (True, False))
+    assert torch.equal(frozen[0, 1]["latents"], frozen[5, 1]["latents"])
+    assert not torch.equal(fresh[0, 1]["latents"], fresh[5, 1]["latents"])
+    assert torch.equal(fresh[0, 1]["latents"], fresh[0, 1]["latents"])
+
+
+def test_sets_limits_the_training_sets(settings, start_run, image_sets):
+    run = start_run("pretrain@self", {"sets": image_sets})
+    pretrain(settings(sets=4, epochs=1, sample_sets=0, validation_sets=0, latents="encoded"), run)
+    assert run.counts == {"sets": 4, "steps": 1}
+    assert run.summary["figures"]["validation_loss_before"] is None
+    assert not (run.out / "sample.png").exists()
+
+
+def test_preview_tells_sizes_without_weights(settings, models, tmp_path):
+    said = settings().preview(tmp_path, "dino")
+    assert any("features of width 12" in line for line in said)
+    paper = Pretrain()
+    assert any("878.7" in line for line in paper.preview(tmp_path, "dino"))
+    assert any("M2M-Self, 865.1 M" in line for line in paper.preview(tmp_path, "self"))
+    with pytest.raises(InputError, match="text_to_image nowhere/model: a hub id that is not known here"):
+        settings(text_to_image="nowhere/model").preview(tmp_path, "self")
+
+
+def test_settings_that_contradict_each_other_are_refused(settings):
+    with pytest.raises(ValueError, match="set timesteps=set"):
+        settings(clean_timestep=None)
+    assert settings(clean_timestep=None, timesteps="set").clean_timestep is None
+
+
+def test_saved_configs_hold_no_paths(settings, start_run, image_sets, models):
+    run = start_run("pretrain@dino", {"sets": image_sets})
+    pretrain(settings(steps=1, sample_sets=0), run)
+    for path in run.out.rglob("*.json"):
+        assert str(models) not in json.dumps(json.loads(path.read_text())), path
+
+
+def _killed(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
