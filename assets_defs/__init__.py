@@ -2,6 +2,8 @@
 
 import warnings
 
-from dagster import BetaWarning
+from dagster import BetaWarning, PreviewWarning
 
-warnings.filterwarnings("ignore", category=BetaWarning)  # BackfillPolicy, since long; the lock file pins its behaviour
+# backfill policies and Pipes, both as the lock file pins them
+warnings.filterwarnings("ignore", category=BetaWarning)
+warnings.filterwarnings("ignore", category=PreviewWarning)

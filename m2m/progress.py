@@ -111,10 +111,16 @@ def pipes_metadata(manifest: Manifest, summary: Summary, folder: Path) -> dict[s
     metadata |= {name: value for name, value in summary.figures.items() if value is not None}
     for name, rows in summary.tables.items():
         metadata[name] = {"raw_value": _markdown_table(rows), "type": "md"}
-    for caption, path in summary.pictures.items():
-        content = (folder / path).read_bytes()
-        if len(content) <= _PICTURE_LIMIT:
-            uri = f"data:image/{path.rsplit('.', 1)[-1]};base64,{base64.b64encode(content).decode()}"
+    pictures = {
+        caption: (path.rsplit(".", 1)[-1], (folder / path).read_bytes()) for caption, path in summary.pictures.items()
+    }
+    if summary.curves:
+        from m2m.evaluation import charts  # the report's own, without the report
+
+        pictures |= {name: ("svg+xml", charts.picture(name, of).encode()) for name, of in summary.curves.items()}
+    for caption, (kind, content) in pictures.items():
+        if 0 < len(content) <= _PICTURE_LIMIT:  # Dagster has no picture metadata, but shows data URIs in markdown
+            uri = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
             metadata[caption] = {"raw_value": f"![{caption}]({uri})", "type": "md"}
     return metadata
 

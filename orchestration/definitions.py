@@ -26,7 +26,6 @@ def build_defs(*, resource_overrides: Mapping[str, Any] | None = None) -> dg.Def
         schedules=SCHEDULES,
         resources={"launcher": LocalLauncher(), **(resource_overrides or {})},
         executor=dg.in_process_executor,  # a step only waits for the process that does its work
-        loggers={"console": dg.colored_console_logger.configured({"log_level": "INFO"})},
     )
 
 

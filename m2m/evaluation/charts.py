@@ -4,6 +4,7 @@ Belongs here: scales, ticks, lines, legends. Not here: which curves there are.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -12,6 +13,11 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 14, 44
 _MOST_POINTS = 300
 _KNOWN = {"M2M-Self": "var(--self)", "M2M-DINO": "var(--dino)"}
 _OTHERS = ("var(--third)", "var(--fourth)", "var(--fifth)", "var(--sixth)")
+_ALONE = (
+    "svg{background:#fff;font-family:sans-serif;--self:#3a6fd8;--dino:#e0682f;--third:#7b8291;--fourth:#2f9e8f;"
+    "--fifth:#a95ac7;--sixth:#b78a1e}.grid{stroke:#dde}.tick,.axis{fill:#667;font-size:12px}"
+    ".line{fill:none;stroke-width:2}"
+)
 _REFERENCES = ("ideal", "own images", "autoencoder", "text-to-image", "copied")
 
 
@@ -67,6 +73,19 @@ def chart(name: str, columns: Mapping[str, Sequence[float]]) -> str:
             ]
         legend.append(f'<span><i style="background:{colour}"></i>{escape(key)}</span>')
     return "".join(parts) + "</svg>" + f'<div class="legend">{"".join(legend)}</div>'
+
+
+def picture(name: str, columns: Mapping[str, Sequence[float]]) -> str:
+    """The same chart as an SVG document of its own, its legend on top: for where no page gives the colours."""
+    drawn = chart(name, columns)
+    if not drawn:
+        return ""
+    start, body = drawn[: drawn.index("</svg>")].split(">", 1)
+    start = start.replace("<svg", f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}"')
+    colours = re.findall(r'<i style="background:([^"]+)"></i>([^<]*)', drawn)
+    entries = "".join(f'<tspan dx="12" style="fill:{colour}">{text}</tspan>' for colour, text in colours)
+    legend = f'<text x="{_LEFT}" y="{_TOP - 2}" font-size="12">{entries}</text>'
+    return f"{start}><style>{_ALONE}</style>{body}{legend}</svg>"
 
 
 def _thinned(x: Sequence[float], y: Sequence[float]) -> list[tuple[float, float]]:

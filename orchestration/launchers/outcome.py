@@ -94,4 +94,5 @@ def _why(stage: Stage, exit_code: int, last_lines: Sequence[str]) -> str:
     text = "\n".join(last_lines)
     errors = re.split(r"^error: ", text, flags=re.MULTILINE)
     said = errors[-1].strip() if len(errors) > 1 else next((line for line in reversed(last_lines) if line.strip()), "")
+    said = said.removeprefix(f"{stage.key}: ")
     return f"{stage.key} failed: {said or f'exit code {exit_code}, nothing said'}"
