@@ -1,0 +1,100 @@
+"""`python -m m2m.tiny`: write the default inputs, train the small models, ship them, measure them.
+
+Belongs here: the command line. Not here: what the commands do.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from m2m.tiny import DATA, WEIGHTS
+
+MODELS = ("classifier", "autoencoder", "clip", "dino", "text-to-image")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    arguments.run(arguments)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m m2m.tiny", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+
+    world = commands.add_parser("world", help="write captions, objects, procedures and photo sets")
+    world.add_argument("--out", type=Path, default=DATA)
+    world.add_argument("--captions", type=int, default=400)
+    world.add_argument("--objects", type=int, default=24, help="twelve views each")
+    world.add_argument("--articles", type=int, default=60)
+    world.add_argument("--photos", type=int, default=8, help="in each of six categories")
+    world.add_argument("--seed", type=int, default=0)
+    world.set_defaults(run=_world)
+
+    train = commands.add_parser("train", help="train one model; checkpoints in outputs/tiny-models/NAME")
+    train.add_argument("name", choices=MODELS, help="text-to-image needs a trained autoencoder and clip")
+    train.add_argument("--steps", type=int, help="default: what the shipped weights were trained for")
+    train.add_argument("--out", type=Path, default=WEIGHTS, help="where the trained model is shipped to")
+    train.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
+    train.add_argument("--threads", type=int, help="default: torch's own choice")
+    train.set_defaults(run=_train)
+
+    export = commands.add_parser("export", help="ship the newest checkpoints, also of unfinished trainings")
+    export.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODELS)}; default all")
+    export.add_argument("--out", type=Path, default=WEIGHTS)
+    export.set_defaults(run=_export)
+
+    measure = commands.add_parser("measure", help="measure the shipped models and write measured.json beside them")
+    measure.add_argument("--weights", type=Path, default=WEIGHTS)
+    measure.add_argument("--pictures", type=int, default=2000, help="held-out pictures")
+    measure.add_argument("--samples", type=int, default=500, help="text-to-image samples")
+    measure.add_argument("--grid", type=Path, help="also write a PNG of samples here")
+    measure.set_defaults(run=_measure)
+    return parser
+
+
+# The models are imported where they are used: writing the inputs needs no torch.
+
+
+def _world(arguments: argparse.Namespace) -> None:
+    from m2m.tiny.inputs import write_inputs
+
+    counts = {name: getattr(arguments, name) for name in ("captions", "objects", "articles", "photos")}
+    write_inputs(arguments.out, **counts, seed=arguments.seed)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from m2m.tiny import autoencoder, classifier, clip, dino, text_to_image
+    from m2m.tiny.export import export
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    trainings = {
+        "classifier": classifier.train_classifier,
+        "autoencoder": autoencoder.train_autoencoder,
+        "clip": clip.train_clip,
+        "dino": dino.train_dino,
+        "text-to-image": text_to_image.train_text_to_image,
+    }
+    steps = {"steps": arguments.steps} if arguments.steps else {}
+    trainings[arguments.name](resume=arguments.resume, **steps)
+    export(arguments.name, arguments.out)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from m2m.tiny.export import export
+
+    for name in arguments.names or MODELS:
+        export(name, arguments.out)
+
+
+def _measure(arguments: argparse.Namespace) -> None:
+    from m2m.tiny.measure import measure
+
+    measure(arguments.weights, arguments.pictures, arguments.samples, arguments.grid)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

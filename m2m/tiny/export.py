@@ -1,0 +1,91 @@
+"""Ship checkpoints: fp16 safetensors folders that the ordinary classes load, each with its training log beside it.
+
+Belongs here: the folders' layout. Not here: training, measuring.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+from m2m.tiny import autoencoder, classifier, clip, dino, text_to_image
+from m2m.tiny.training import OUTPUTS
+from m2m.tiny.world import SIZE
+
+_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "LICENSE")
+
+
+def export(name: str, out: Path) -> Path:
+    """Write the newest checkpoint of training `name` into its folder under `out`.
+
+    The autoencoder and the U-Net share one folder, so either export rewrites it with whatever both have by then.
+    """
+    if name == "classifier":
+        model, _ = classifier.load_training()
+        model.save_pretrained(out / name)
+        return _with_log(out / name, name)
+    if name == "clip":
+        model, _ = clip.load_clip()
+        model.half().save_pretrained(out / name)
+        _preprocessor(out / name, "CLIPImageProcessor", clip.MEAN, clip.STD)
+        if clip.TOKENIZER != out / name:
+            _copy_tokenizer(out / name)
+        return _with_log(out / name, name)
+    if name == "dino":
+        model, _ = dino.load_dino()
+        model.half().save_pretrained(out / "dinov2")
+        _preprocessor(out / "dinov2", "BitImageProcessor", dino.MEAN, dino.STD)
+        return _with_log(out / "dinov2", name)
+    return _export_stable_diffusion(out / "stable-diffusion")
+
+
+def _export_stable_diffusion(folder: Path) -> Path:
+    vae, _ = autoencoder.load_autoencoder()
+    trained = (OUTPUTS / text_to_image.NAME / "checkpoint.pt").exists()
+    unet = text_to_image.load_unet()[0] if trained else text_to_image.build_unet()
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_to_image.text_encoder(),
+        tokenizer=clip.load_tokenizer(),
+        unet=unet,
+        scheduler=text_to_image.build_scheduler(),
+        safety_checker=None,  # pyright: ignore[reportArgumentType]
+        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        requires_safety_checker=False,
+    )
+    pipeline.to(torch.float16).save_pretrained(folder)
+    # One form of the tokenizer and not two: transformers also writes tokenizer.json, 3.6 MB that say the same.
+    shutil.rmtree(folder / "tokenizer")
+    _copy_tokenizer(folder / "tokenizer")
+    _with_log(folder / "vae", autoencoder.NAME)
+    return _with_log(folder / "unet", text_to_image.NAME) if trained else folder
+
+
+def _copy_tokenizer(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in _TOKENIZER_FILES:
+        shutil.copyfile(clip.TOKENIZER / file, folder / file)
+
+
+def _preprocessor(folder: Path, kind: str, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    settings = {
+        "image_processor_type": kind,
+        "do_resize": True,
+        "size": {"height": SIZE, "width": SIZE},
+        "resample": 3,
+        "do_center_crop": False,
+        "do_convert_rgb": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _with_log(folder: Path, name: str) -> Path:
+    shutil.copyfile(OUTPUTS / name / "log.jsonl", folder / "training_log.jsonl")
+    return folder
