@@ -26,13 +26,13 @@ class Clip:
     """A `CLIPModel` with its tokenizer: embeddings of pictures and of texts in one space, of length 1."""
 
     def __init__(self, source: str, root: Path, compute: Compute) -> None:
-        from transformers import CLIPModel, CLIPTokenizerFast
+        from transformers import CLIPModel, CLIPTokenizer
 
         folder, device = model_folder(source, root), start_compute(compute)
         try:
             model: Any = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
             self._model = model.to(device).eval()
-            self._tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
+            self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise InputError(f"{source}: not a CLIP model with its tokenizer: {_first_line(error)}") from None
         self._size = self._model.config.vision_config.image_size

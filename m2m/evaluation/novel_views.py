@@ -18,7 +18,7 @@ from m2m.data.objaverse import ObjaverseViews, PosedViews, relative_poses
 from m2m.errors import InputError
 from m2m.evaluation.grids import write_grid
 from m2m.evaluation.measures import cosine, psnr, ssim
-from m2m.evaluation.protocol import EvaluationConfig, Sampler, at_size, conclude, each_picture, in_batches
+from m2m.evaluation.protocol import EvaluationConfig, Sampler, conclude, each_picture, in_batches
 from m2m.stages import StageRun
 
 _MEASURES = {"psnr": "PSNR, dB", "ssim": "SSIM", "dino": "DINO likeness"}
@@ -29,6 +29,9 @@ class NovelViews(EvaluationConfig):
     """Settings of the evaluation of novel views."""
 
     objaverse: SourcePath = Field(description="renders in zero123's layout; their validation split is evaluated")
+    min_validation: int = Field(
+        1, ge=1, description="at least so many objects are held out (else 1 % of them): the same as for finetune"
+    )
     objects: int = Field(100, ge=1, description="random held-out objects; all where there are fewer")
     preceding: list[int] = Field([1, 2, 4, 8], min_length=1, description="numbers of preceding views")
     targets: int = Field(4, ge=1, description="views asked for: each object's last ones, for every number the same")
@@ -48,12 +51,12 @@ def evaluate_novel_views(config: NovelViews, run: StageRun) -> None:
     """
     dino = config.open_dino(run)
     sampler = Sampler(run.inputs["m2m_nvs"], "dino", config)
-    objects = _held_out(config, run)
+    objects = _held_out(config, run, sampler.size)
     most = max(config.preceding)
 
     def measure(batch: range) -> dict[str, Tensor]:
         views = [objects[i] for i in batch]
-        images = at_size(torch.stack([torch.as_tensor(view.images) for view in views]), sampler.size)
+        images = torch.stack([view.images for view in views])
         poses = torch.stack([_poses(view) for view in views])
         truth = images[:, -config.targets :]
         known = each_picture(dino.pictures, truth)
@@ -104,8 +107,8 @@ def each_pair(measure: Any, pictures: Tensor, truth: Tensor) -> Tensor:
     return measure(pictures.flatten(0, 1), truth.flatten(0, 1)).double().unflatten(0, pictures.shape[:2])
 
 
-def _held_out(config: NovelViews, run: StageRun) -> list[PosedViews]:
-    views = ObjaverseViews(run.source(config.objaverse), "val")
+def _held_out(config: NovelViews, run: StageRun, size: int) -> list[PosedViews]:
+    views = ObjaverseViews(run.source(config.objaverse), "validation", config.min_validation, size)
     needed = max(config.preceding) + config.targets
     chosen = config.choose(len(views), config.objects, "objects")
     objects = [views[i] for i in chosen]
@@ -121,7 +124,7 @@ def _held_out(config: NovelViews, run: StageRun) -> list[PosedViews]:
 
 
 def _poses(view: PosedViews) -> Tensor:
-    return torch.as_tensor(relative_poses(view.poses, reference=0)).float()
+    return relative_poses(view.poses, reference=0).float()
 
 
 def _conditions(config: NovelViews) -> dict[str, Any]:
@@ -161,7 +164,7 @@ def _sequence(config: NovelViews, sampler: Sampler, keys: Sequence[int], images:
 
 def _nearest(view: PosedViews, count: int, targets: int) -> Tensor:
     """For each target, which of the first `count` views is seen from the nearest direction."""
-    return view_angles(torch.as_tensor(view.poses))[-targets:, :count].argmin(1)
+    return view_angles(view.poses)[-targets:, :count].argmin(1)
 
 
 def _tell(config: NovelViews, run: StageRun, found: Mapping[str, Tensor], objects: int, most: int) -> None:

@@ -67,7 +67,7 @@ def evaluate_procedures(config: NextSteps, run: StageRun) -> None:
         return {key: torch.stack(values) for key, values in told.items()}
 
     def one(place: int) -> dict[str, Tensor]:
-        steps = torch.as_tensor(procedures.images(chosen[place], sampler.size))
+        steps = procedures.images(chosen[place], sampler.size)
         before = min(config.preceding, len(steps) - 1)
         order = _out_of_order(config, place, before)
         given = torch.stack([steps[:before], steps[order]])
@@ -141,7 +141,7 @@ def _offsets(config: NextSteps, place: int, count: int) -> list[int]:
 def _a_step(config: NextSteps, procedures: Procedures, index: int, place: int, other: int, size: int) -> Tensor:
     drawn = keyed_generator(namespaced(config.seed, "distractor step"), place, other)
     steps = procedures.images(index, size)
-    return torch.as_tensor(steps[int(drawn.integers(len(steps)))])
+    return steps[int(drawn.integers(len(steps)))]
 
 
 def _rows(found: Mapping[str, Tensor]) -> list[dict[str, Any]]:
@@ -160,7 +160,7 @@ def _show(config: NextSteps, run: StageRun, sampler: Sampler, procedures: Proced
     """Preceding steps, generated ones (one after the other), the true ones."""
     rows = []
     for place, index in enumerate(chosen[: config.shown]):
-        steps = torch.as_tensor(procedures.images(index, sampler.size))
+        steps = procedures.images(index, sampler.size)
         before = min(config.preceding, max(1, len(steps) // 2))
         following = min(config.num_images, len(steps) - before)
         made = _next(config, sampler, steps[None, :before], [place], before, following)[0]

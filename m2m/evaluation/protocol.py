@@ -45,7 +45,7 @@ class Sampling(Settings):
 class EvaluationConfig(StageConfig):
     """The base of every evaluation's settings."""
 
-    sampling: Sampling = Sampling()
+    sampling: Sampling = Sampling.model_validate({})
     seed: int = Field(0, ge=0, description="namespace of the noise, keyed by (set, image), and of all choices")
     batch: int = Field(4, ge=1, description="sets sampled at a time")
     shown: int = Field(4, ge=1, description="sets in the picture grids")
@@ -57,7 +57,7 @@ class EvaluationConfig(StageConfig):
     reader: Annotated[str | None, Source()] = Field(
         None, description="classifier that reads the tiny world's attributes off pictures; none outside that world"
     )
-    compute: Compute = Compute()
+    compute: Compute = Compute.model_validate({})
 
     def preview(self, root: Path, variant: str | None) -> list[str]:
         """Every source of the settings is there (hub ids stand for themselves)."""

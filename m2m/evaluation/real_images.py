@@ -116,7 +116,7 @@ def _draw_sets(config: RealImages, photos: Mapping[str, Sequence[Path]]) -> list
 
 
 def _load(paths: Sequence[Path], size: int) -> Tensor:
-    return torch.stack([torch.as_tensor(load_image(path, size)) for path in paths])
+    return torch.stack([load_image(path, size) for path in paths])
 
 
 def _continue_sets(

@@ -64,7 +64,17 @@ _HOW_TO_READ = {
     "evaluate@rollouts": "Each image sees the generated ones before it: errors add up. 1 means as in the preceding "
     "images.",
 }
-_HEADLINE_FIGURES = 8
+_HEADLINES = {
+    ("filter-captions", "kept"): "captions kept",
+    ("generate-sets", "sets"): "image sets",
+    ("generate-sets", "images"): "images in them",
+    ("evaluate@table_1", "sets"): "test sets in Table 1",
+    ("evaluate@table_1", "fid_self"): "FID, M2M-Self",
+    ("evaluate@table_1", "fid_dino"): "FID, M2M-DINO",
+    ("evaluate@table_1", "image_self"): "Image-Image CLIP, M2M-Self",
+    ("evaluate@table_1", "image_dino"): "Image-Image CLIP, M2M-DINO",
+}
+"""(stage, count or figure) -> what it is called at the top of the page."""
 
 
 class WriteReport(StageConfig):
@@ -205,23 +215,23 @@ def _headline_figures(sections: list[Section]) -> dict[str, Any]:
     """What was made in numbers: counts of the data, Table 1's scores, the time it took."""
     by_key = {section.stage.key: section for section in sections}
     figures: dict[str, Any] = {}
-    for key in ("filter-captions", "generate-sets"):
+    for (key, name), title in _HEADLINES.items():
         if key in by_key:
-            figures |= dict(list(by_key[key].manifest.counts.items())[:3])
-    if "evaluate@table_1" in by_key:
-        scores = by_key["evaluate@table_1"].summary.figures
-        figures |= {key: value for key, value in scores.items() if key.startswith(("fid_", "image_"))}
-    return dict(list(figures.items())[:_HEADLINE_FIGURES])
+            section = by_key[key]
+            value = section.manifest.counts.get(name, section.summary.figures.get(name))
+            if value is not None:
+                figures[title] = value
+    return figures
 
 
 def _started_from(sections: list[Section]) -> list[tuple[str, str, str]]:
     """For each pre-trained model: its name, the weights that it started from, and the command that made those."""
     told = []
     for section in sections:
-        figures = section.summary.figures
-        if section.stage.command == "pretrain" and figures.get("started_from"):
-            command = figures.get("started_from_command") or ""
-            told.append((section.title, str(figures["started_from"]), str(command)))
+        said = section.summary.figures.get("started_from")
+        if section.stage.command == "pretrain" and said:
+            source, _, command = str(said).partition(", made by: ")
+            told.append((section.title, source, command))
     return told
 
 
@@ -284,11 +294,11 @@ def _environment(width: int) -> jinja2.Environment:
         "cell": _cell,
         "duration": _duration,
         "bytes": _bytes,
-        "words": lambda name: re.sub(r"[_-]", " ", str(name)),
+        "words": lambda name: str(name).replace("_", " "),
         "chart": lambda columns, name: chart(name, columns),
     }
     environment.globals["picture"] = lambda section, path: data_uri(_inside(section.folder, path), width)
-    environment.globals["numeric_columns"] = _numeric_columns
+    environment.globals |= {"numeric_columns": _numeric_columns, "decimals": _decimals}
     return environment
 
 
@@ -299,7 +309,21 @@ def _numeric_columns(rows: Sequence[Mapping[str, Any]]) -> set[str]:
     }
 
 
-def _cell(value: Any) -> str:
+def _decimals(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How many decimals show a column's numbers to about four digits, and no more than they have."""
+    found = {}
+    for column in rows[0]:
+        values = [row[column] for row in rows if isinstance(row.get(column), float)]
+        if values:
+            largest = max(abs(value) for value in values)
+            most = 4 if largest < 0.1 else 3 if largest < 10 else 2 if largest < 100 else 1
+            found[column] = next((n for n in range(most) if all(v == round(v, n) for v in values)), most)
+    return found
+
+
+def _cell(value: Any, decimals: int | None = None) -> str:
+    if isinstance(value, float) and decimals is not None:
+        return f"{value:,.{decimals}f}"
     if value is None:
         return "–"
     if isinstance(value, bool):

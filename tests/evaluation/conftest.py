@@ -12,7 +12,7 @@ from m2m.artifacts import Manifest, Summary
 from m2m.config import Profile, load_profile
 from m2m.stages import STAGES
 
-FIGURES = {"pretrain@self": {"started_from": "a shipped checkpoint", "started_from_command": "python -m m2m.tiny m2m"}}
+FIGURES = {"pretrain@self": {"started_from": "a shipped checkpoint, made by: python -m m2m.tiny m2m"}}
 ROWS = [
     {"method": "M2M-Self", "FID ↓": "9.00 ± 1.00", "sets": 12},
     {"method": "paper: M2M-Self (9M)", "FID ↓": "9.56 ± 1.21", "sets": None},
@@ -69,5 +69,5 @@ def whole_outputs(tmp_path_factory) -> Profile:
             pictures={f"pictures of {key}": "grids/some.png"},
             checks={"fine": ""},
         )
-        write_output(profile, key, summary, {"things": 1234}, {"seed": 7})
+        write_output(profile, key, summary, {"things": 1234, "sets": 77}, {"seed": 7})
     return profile

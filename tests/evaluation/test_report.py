@@ -49,7 +49,7 @@ def test_headline_pictures_and_figures_are_the_reports_own(whole_outputs):
     summary = artifacts.read_summary(outcome.folder)
     assert summary.pictures
     assert all((outcome.folder / path).read_bytes().startswith(b"\x89PNG") for path in summary.pictures.values())
-    assert summary.figures["things"] == 1234
+    assert summary.figures["image sets"] == 77
     assert summary.checks == {"report_complete": ""}
 
 
