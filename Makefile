@@ -1,0 +1,72 @@
+# Everything done twice. `make demo` and `make test` do all their own set-up.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+PROFILE ?= tiny
+PORT ?= 3000
+VENV := .venv
+RUN := $(VENV)/bin/python
+export DAGSTER_HOME ?= $(CURDIR)/.dagster
+export M2M_PROFILE ?= $(PROFILE)
+# modules are compiled when they are first imported: most of a gigabyte of packages never is
+INSTALL := $(RUN) -m pip --disable-pip-version-check install --quiet --no-compile --no-deps
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 8
+
+$(VENV)/pyvenv.cfg:
+	@echo "Making $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; say which with make PYTHON=...")'
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements.lock pyproject.toml | $(VENV)/pyvenv.cfg
+	@echo "Installing (some 170 packages, 400 MB to download; a few minutes, once)"
+	@$(INSTALL) -r requirements.lock
+	@$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
+	@$(INSTALL) -r requirements-dev.lock
+	@touch $@
+
+$(DAGSTER_HOME)/dagster.yaml: orchestration/dagster.yaml
+	@mkdir -p $(@D)
+	@cp $< $@
+
+.PHONY: help install install-dev demo test lint format ui lock clean
+
+install: $(VENV)/.installed ## what the project needs, into .venv
+install-dev: $(VENV)/.installed-dev ## and what its developers need
+
+demo: install $(DAGSTER_HOME)/dagster.yaml ## the whole job with the tiny models: captions to report (PROFILE=...)
+	@$(RUN) -W 'ignore:Function `job_execute_command` is superseded' \
+	  -m dagster job execute -m orchestration.definitions -j m2m_pipeline
+	@echo
+	@echo "The report: $$($(RUN) -c 'from m2m.config import load_profile; print(load_profile().outputs)')/report/report.html"
+
+test: install-dev ## the tests
+	@$(RUN) -m pytest
+
+lint: install-dev ## style and types
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(VENV)/bin/pyright --pythonpath $(RUN)
+
+format: install-dev ## let ruff lay the code out
+	@$(RUN) -m ruff check --fix .
+	@$(RUN) -m ruff format .
+
+ui: install $(DAGSTER_HOME)/dagster.yaml ## Dagster's web server and daemon on loopback (PORT=3000); Ctrl-C stops both
+	@echo "Dagster: http://127.0.0.1:$(PORT)"
+	@trap 'kill 0' EXIT; \
+	$(VENV)/bin/dagster-daemon run -w workspace.yaml & \
+	$(RUN) -m dagster_webserver -w workspace.yaml -h 127.0.0.1 -p $(PORT) & \
+	wait -n
+
+lock: | $(VENV)/pyvenv.cfg ## resolve pyproject.toml's ranges anew and pin them
+	@$(RUN) .ci/lock.py
+
+clean: ## outputs, Dagster's home and caches; not .venv
+	rm -rf outputs .dagster .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,77 @@
+"""What Dagster loads: quickly, for any profile, and with the jobs that the README names."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from m2m.stages import STAGES
+from orchestration.definitions import build_defs, defs
+
+ROOT = Path(__file__).parents[2]
+ASK = """
+import sys
+from orchestration.definitions import defs
+print(len(defs.resolve_asset_graph().get(__import__('dagster').AssetKey('mis_shards')).partitions_def.get_partition_keys()))
+print([name for name in ('torch', 'diffusers', 'transformers', 'numpy', 'pandas') if name in sys.modules])
+"""
+
+
+def ask(**environment: str) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("M2M_")} | environment
+    return subprocess.run([sys.executable, "-c", ASK], env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_loading_takes_neither_torch_nor_the_working_directory(tmp_path):
+    profile = tmp_path / "configs" / "many.yaml"
+    profile.parent.mkdir()
+    profile.write_text("generate-sets: {shards: 12238}\n")
+    shards, heavy = ask(M2M_PROFILE=str(profile)).stdout.splitlines()
+    assert (int(shards), heavy) == (12238, "[]")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("generate-sets: {shards: some}", "generate-sets.shards must be a count of at least 1, got 'some'"),
+        ("generate_sets: {shards: 2}", "generate_sets is not a stage. Did you mean generate-sets?"),
+    ],
+)
+def test_a_profile_that_can_not_be_loaded_is_named(tmp_path, text, said):
+    (tmp_path / "p.yaml").write_text(text)
+    done = ask(M2M_PROFILE=str(tmp_path / "p.yaml"))
+    assert done.returncode != 0 and f"{tmp_path / 'p.yaml'}: {said}" in done.stderr
+
+
+def test_jobs_select_what_they_say():
+    def keys(job: str) -> set[str]:
+        return {key.to_user_string() for key in defs.resolve_job_def(job).asset_layer.executable_asset_keys}
+
+    assert keys("m2m_pipeline") == {stage.asset for stage in STAGES.values()}
+    assert keys("data_job") == {"filtered_captions", "mis_shards", "dino_features"}
+    assert keys("pretraining_job") == {"m2m_self", "m2m_dino"}
+    assert keys("finetuning_job") == {"m2m_nvs", "m2m_vgsi"}
+    assert keys("evaluation_job") == {stage.asset for stage in STAGES.values() if stage.group == "evaluation"}
+
+
+@pytest.mark.parametrize("job", ["m2m_pipeline", "data_job"])
+def test_jobs_with_partitions_run_over_all_of_them(job):
+    keys = build_defs().resolve_asset_graph().get(dg.AssetKey("mis_shards")).partitions_def.get_partition_keys()
+    tags = defs.resolve_job_def(job).tags
+    assert tags["dagster/asset_partition_range_start"] == keys[0]
+    assert tags["dagster/asset_partition_range_end"] == keys[-1]
+
+
+def test_reevaluation_waits_to_be_switched_on():
+    schedule = defs.resolve_schedule_def("reevaluation")
+    assert schedule.default_status == dg.DefaultScheduleStatus.STOPPED and schedule.job_name == "evaluation_job"
+
+
+def test_dagsters_selection_language_works():
+    """It does not where hydra-core 1.3 has brought its old antlr4."""
+    graph = defs.resolve_asset_graph()
+    chosen = dg.AssetSelection.from_string('1+key:"m2m_dino" and not group:"models"').resolve(graph)
+    assert {key.to_user_string() for key in chosen} == {"mis_shards", "dino_features"}
