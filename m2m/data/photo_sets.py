@@ -65,5 +65,9 @@ def load_image(path: Path, size: int) -> torch.Tensor:
     if picture.has_transparency_data:
         rgba = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
-    square = ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    # cut, then resize: a resize of a box looks beyond its edges
+    square = picture.convert("RGB").crop((left, top, left + side, top + side))
+    square = square.resize((size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()

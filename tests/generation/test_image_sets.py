@@ -187,14 +187,13 @@ def test_a_killed_generation_leaves_the_same_bytes(make_profile, forks, tmp_path
     whole = tree(run(path).folder)
     monkeypatch.setenv("M2M_OUTPUTS", str(tmp_path / f"killed-{seed}"))
     run_stage(STAGES["filter-captions"], load_profile(path), progress=QUIET)
-    moments = random.Random(seed)
-    for _ in range(5):
-        child = forks.Process(target=generate_and_die, args=(str(path), moments.randint(1, 20)))
+    moments, exits = random.Random(seed), []
+    for _ in range(4):
+        child = forks.Process(target=generate_and_die, args=(str(path), moments.randint(1, 12)))
         child.start()
         child.join()
-        if child.exitcode == 0:
-            break
-        assert child.exitcode == -signal.SIGKILL
+        exits.append(child.exitcode)
+    assert exits[0] == -signal.SIGKILL and set(exits) <= {-signal.SIGKILL, 0}
     assert tree(run(path).folder) == whole
 
 
