@@ -25,12 +25,13 @@ def torch_dtype(compute: Compute | None) -> torch.dtype:
 
 
 def start_compute(compute: Compute | None) -> torch.device:
-    """The device to compute on, with the number of CPU threads set.
+    """The device to compute on, with the number of CPU threads set; without settings the CPU, threads as they are.
 
     Raises:
         InputError: cuda is asked for and there is none.
     """
-    compute = compute or Compute.model_validate({})
+    if compute is None:
+        return torch.device("cpu")
     if compute.device == "cuda" and not torch.cuda.is_available():
         raise InputError("compute.device is cuda, but torch finds no CUDA device here; set compute.device=cpu")
     torch.set_num_threads(compute.threads)
@@ -82,19 +83,19 @@ def load_text_to_image(
     given = {}
     if not (index.get("safety_checker") or [None])[0]:
         given = {"safety_checker": None, "requires_safety_checker": False}
-    pipeline = _load(StableDiffusionPipeline, folder, torch_dtype=torch_dtype(compute), **given)
+    pipeline = _load(StableDiffusionPipeline, folder, dtype=torch_dtype(compute), **given)
     return pipeline.to(device)
 
 
 def load_unet(source: str | Path, root: Path | None = None, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
     """The text-to-image U-Net of a pipeline: what M2M's is initialised from."""
     folder = _part(source, root, "unet")
-    return _load(UNet2DConditionModel, folder, torch_dtype=dtype)
+    return _load(UNet2DConditionModel, folder, dtype=dtype)
 
 
 def load_vae(source: str | Path, root: Path | None = None, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
     """The autoencoder of a pipeline."""
-    return _load(AutoencoderKL, _part(source, root, "vae"), torch_dtype=dtype).eval().requires_grad_(False)
+    return _load(AutoencoderKL, _part(source, root, "vae"), dtype=dtype).eval().requires_grad_(False)
 
 
 def load_unet_config(source: str | Path, root: Path | None = None) -> dict[str, Any]:

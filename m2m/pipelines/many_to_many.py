@@ -17,6 +17,7 @@ from transformers import Dinov2Model
 
 from m2m.config import Compute
 from m2m.errors import ArtifactError, ConfigError, InputError
+from m2m.generation.features import dino_preprocess
 from m2m.models.autoencoder import decode_latents, encode_images, pixels_per_latent
 from m2m.models.saved import read_json
 from m2m.models.text_to_image import start_compute, torch_dtype
@@ -54,8 +55,8 @@ class ManyToManyPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         image_encoder: Dinov2Model | None = None,
         feature_size: int | None = None,
-        feature_mean: Sequence[float] = (0.485, 0.456, 0.406),
-        feature_std: Sequence[float] = (0.229, 0.224, 0.225),
+        feature_mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406),
+        feature_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225),
         context_window: int | None = None,
         context_sink: int = 0,
         format_version: int = FORMAT_VERSION,
@@ -203,14 +204,12 @@ class ManyToManyPipeline(DiffusionPipeline):
         """
         if self.unet.variant == "self":
             return encode_images(self.vae, images)
-        from m2m.generation.features import dino_preprocess
-
         encoder = self.image_encoder
         size = self.config["feature_size"] or encoder.config.image_size
         pixels = dino_preprocess(
             images.to(encoder.device), size, self.config["feature_mean"], self.config["feature_std"]
         )
-        return encoder(pixel_values=pixels.to(encoder.dtype), interpolate_pos_encoding=True).last_hidden_state
+        return encoder(pixel_values=pixels.to(encoder.dtype)).last_hidden_state
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "ManyToManyPipeline":
@@ -335,7 +334,7 @@ def load_pipeline(folder: str | Path, variant: str | None = None, compute: Compu
             f"{variant} was asked for"
         )
     device = start_compute(compute)
-    pipeline = ManyToManyPipeline.from_pretrained(folder, torch_dtype=torch_dtype(compute))
+    pipeline = ManyToManyPipeline.from_pretrained(folder, dtype=torch_dtype(compute))
     for part in (pipeline.vae, pipeline.unet, pipeline.image_encoder):
         if part is not None:
             part.eval().requires_grad_(False)

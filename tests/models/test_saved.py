@@ -1,0 +1,111 @@
+"""Saved U-Nets come back bit by bit, or are refused with the name of what is wrong."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from m2m.errors import ConfigError, InputError
+from m2m.models.unet import ManyToManyUNet
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def saved(make_unet, tmp_path):
+    make_unet("self", "camera").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def change_config(folder, **values):
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({key: value for key, value in config.items() if value != "gone"}))
+
+
+def change_weights(folder, change):
+    state = load_file(folder / WEIGHTS)
+    change(state)
+    save_file(state, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize(("variant", "condition"), [("self", None), ("dino", None), ("dino", "camera")])
+def test_a_round_trip_keeps_every_bit(make_unet, make_sets, tmp_path, variant, condition):
+    unet = make_unet(variant, condition, clean_timestep=7)
+    unet.save_pretrained(tmp_path)
+    back = ManyToManyUNet.from_pretrained(tmp_path)
+    own, found = (json.loads(model.to_json_string()) for model in (unet, back))
+    found.pop("_name_or_path", None)
+    assert own == found
+    assert found["clean_timestep"] == 7
+    state = back.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in unet.state_dict().items())
+    given = make_sets(variant, condition)
+    with torch.no_grad():
+        assert torch.equal(unet(**given), back.eval()(**given))
+
+
+def test_the_same_weights_make_the_same_bytes(make_unet, tmp_path):
+    for folder in ("a", "b"):
+        make_unet("self").save_pretrained(tmp_path / folder)
+    for name in (WEIGHTS, "config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_shards_are_read(make_unet, tmp_path):
+    unet = make_unet("self")
+    unet.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert (tmp_path / f"{WEIGHTS}.index.json").exists()
+    state = ManyToManyUNet.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in unet.state_dict().items())
+
+
+def test_a_missing_tensor_is_named(saved):
+    change_weights(saved, lambda state: state.pop("conv_in.bias"))
+    with pytest.raises(InputError, match=r"tensor conv_in\.bias is missing"):
+        ManyToManyUNet.from_pretrained(saved)
+
+
+def test_an_extra_tensor_is_named(saved):
+    change_weights(saved, lambda state: state.update({"conv_out.scale": torch.zeros(1)}))
+    with pytest.raises(InputError, match=r"conv_out\.scale has no place"):
+        ManyToManyUNet.from_pretrained(saved)
+
+
+def test_a_mismatched_tensor_is_named(saved):
+    change_weights(saved, lambda state: state.update({"conv_in.bias": torch.zeros(3)}))
+    with pytest.raises(InputError, match=r"conv_in\.bias has shape \(3,\); the config asks for \(16,\)"):
+        ManyToManyUNet.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"clean_timestp": 3}, "clean_timestp is not a setting"),
+        ({"clean_timestep": "gone"}, "setting clean_timestep is missing"),
+        ({"format_version": 2}, "format_version 2; this version reads 1"),
+        ({"format_version": "gone"}, "format_version None"),
+        ({"_class_name": "UNet2DConditionModel"}, "a UNet2DConditionModel, not a ManyToManyUNet"),
+    ],
+)
+def test_a_wrong_setting_is_named(saved, values, match):
+    change_config(saved, **values)
+    with pytest.raises(ConfigError, match=match):
+        ManyToManyUNet.from_pretrained(saved)
+
+
+def test_pickles_and_broken_files_are_refused(saved):
+    whole = (saved / WEIGHTS).read_bytes()
+    (saved / WEIGHTS).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="not a whole safetensors file"):
+        ManyToManyUNet.from_pretrained(saved)
+    (saved / WEIGHTS).unlink()
+    torch.save({}, saved / "diffusion_pytorch_model.bin")
+    with pytest.raises(InputError, match="safetensors only"):
+        ManyToManyUNet.from_pretrained(saved)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no saved model"):
+        ManyToManyUNet.from_pretrained(tmp_path)

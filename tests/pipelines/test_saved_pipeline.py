@@ -1,0 +1,118 @@
+"""A pipeline's folder: back bit by bit, or refused with what is wrong; and the command that samples from it."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from m2m.config import Compute
+from m2m.errors import ArtifactError, ConfigError, InputError
+from m2m.pipelines import generate_cli
+from m2m.pipelines.many_to_many import ManyToManyPipeline, load_pipeline
+
+ONE_THREAD = Compute(threads=1)  # more would change the last bits
+
+
+@pytest.fixture
+def folder(make_pipeline, tmp_path):
+    make_pipeline("self").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def sample(pipeline, images):
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipeline(images, 2, num_inference_steps=2, generator=generator, output_type="latent").images
+
+
+@pytest.mark.parametrize("variant", ["self", "dino"])
+def test_a_round_trip_keeps_every_bit(make_pipeline, pictures, tmp_path, variant):
+    pipeline = make_pipeline(variant)
+    pipeline.register_to_config(context_window=3, feature_size=32 if variant == "dino" else None)
+    pipeline.save_pretrained(tmp_path)
+    expected = sample(pipeline, pictures())
+    for loaded in (ManyToManyPipeline.from_pretrained(tmp_path), load_pipeline(tmp_path, variant, ONE_THREAD)):
+        assert torch.equal(sample(loaded, pictures()), expected)
+        assert loaded.config["context_window"] == 3
+
+
+def test_saving_is_deterministic(make_pipeline, tmp_path):
+    for name in ("a", "b"):
+        make_pipeline("dino").save_pretrained(tmp_path / name)
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
+    assert len(files) > 5
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+def test_the_other_variant_is_refused(folder):
+    with pytest.raises(ArtifactError, match=r"was made by M2M-Self .*; dino was asked for"):
+        load_pipeline(folder, "dino")
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ArtifactError, match="no trained model here"):
+        load_pipeline(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"context_windw": 3}, "context_windw is not"),
+        ({"context_window": "gone"}, "context_window is missing"),
+        ({"format_version": 9}, "format_version 9"),
+        ({"_class_name": "StableDiffusionPipeline"}, "a StableDiffusionPipeline"),
+    ],
+)
+def test_a_wrong_setting_is_named(folder, values, match):
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({key: value for key, value in index.items() if value != "gone"}))
+    with pytest.raises(ConfigError, match=match):
+        load_pipeline(folder)
+
+
+def test_parts_that_do_not_belong_together_are_refused(make_pipeline):
+    own, dino = make_pipeline("self"), make_pipeline("dino")
+    with pytest.raises(ConfigError, match="needs an image_encoder"):
+        ManyToManyPipeline(dino.vae, dino.unet, dino.scheduler)
+    with pytest.raises(ConfigError, match="no use for an image_encoder"):
+        ManyToManyPipeline(own.vae, own.unet, own.scheduler, dino.image_encoder)
+
+
+def arguments(*given) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    generate_cli.add_arguments(parser)
+    return parser.parse_args([str(value) for value in given])
+
+
+def test_the_command_makes_images_of_images(folder, tmp_path, capsys):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "one.png")
+    out = tmp_path / "made"
+    generate_cli.main(arguments(folder, tmp_path / "one.png", "--num-images", 2, "--steps", 2, "--out", out))
+    assert sorted(path.name for path in out.iterdir()) == ["01.png", "02.png"]
+    assert str(out / "02.png") in capsys.readouterr().out
+    first = (out / "02.png").read_bytes()
+    generate_cli.main(arguments(folder, tmp_path / "one.png", "--num-images", 2, "--steps", 2, "--out", out))
+    assert (out / "02.png").read_bytes() == first
+
+
+def test_the_command_takes_conditions(make_pipeline, tmp_path):
+    make_pipeline("self", "position").save_pretrained(tmp_path / "model")
+    Image.new("RGB", (16, 16)).save(tmp_path / "one.png")
+    conditions = tmp_path / "steps.json"
+    conditions.write_text(json.dumps({"preceding": [[0]], "target": [[1]]}))
+    given = (tmp_path / "model", tmp_path / "one.png", "--steps", 2, "--conditions", conditions, "--out", tmp_path)
+    generate_cli.main(arguments(*given))
+    assert (tmp_path / "01.png").is_file()
+    conditions.write_text(json.dumps({"precding": [[0]]}))
+    with pytest.raises(InputError, match="precding is not known"):
+        generate_cli.main(arguments(*given))
+
+
+def test_the_command_names_what_is_no_image(folder, tmp_path):
+    (tmp_path / "no.png").write_text("no")
+    with pytest.raises(InputError, match=r"no\.png: not an image"):
+        generate_cli.main(arguments(folder, tmp_path / "no.png"))
