@@ -180,11 +180,11 @@ def _starting_pipeline(config: Pretrain, variant: str, root: Path) -> tuple[Many
     width = None if dino is None else dino.config.hidden_size
     if config.init_from is None:
         unet = fresh_unet(config.text_to_image, root, variant, width, config.seed, config.own_unet_settings())
-        started_from = origin(config.text_to_image, resolve(config.text_to_image, root))
+        started_from = origin(config.text_to_image, resolve(config.text_to_image, root), root)
     else:
         folder = local_or_hub_folder(config.init_from, root)
         unet = continued_unet(folder, variant, width, config.own_unet_settings())
-        started_from = origin(config.init_from, folder)
+        started_from = origin(config.init_from, folder, root)
     pipeline = ManyToManyPipeline(
         vae=load_vae(config.text_to_image, root),
         unet=unet,

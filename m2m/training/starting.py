@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from m2m.artifacts import read_manifest
+from m2m.artifacts import read_manifest, read_summary
 from m2m.config import is_hub_id, resolve
 from m2m.errors import ArtifactError, ConfigError, InputError
 from m2m.models.saved import read_json
@@ -67,16 +67,31 @@ def check_start(folder: Path, variant: str, condition: str | None = None) -> dic
     return config
 
 
-def origin(source: str, folder: Path) -> str:
-    """A model source and, where the folder tells it, the command that made it (its manifest, or `made_by.json`)."""
+def origin(source: str, folder: Path, root: Path) -> str:
+    """A model source as people should read it: the command that made it and what that started from, where known.
+
+    The command stands in the manifest of this project's outputs, or in a file `made_by.json` (`{"command": ...}`).
+    """
+    name = source
+    if folder.is_absolute() and not is_hub_id(source):  # no path of this machine: outputs tell it to others
+        name = folder.relative_to(root).as_posix() if folder.is_relative_to(root) else folder.name
     manifest = read_manifest(folder)
     if manifest is not None:
         command, _, variant = manifest.stage.partition("@")
-        return f"{source}, made by: python -m m2m {command}{f' --variant {variant}' if variant else ''}"
+        said = f"{name}, made by: python -m m2m {command}{f' --variant {variant}' if variant else ''}"
+        earlier = _read_figures(folder).get("started_from")
+        return f"{said}, started from: {earlier}" if earlier else said
     try:
-        return f"{source}, made by: {json.loads((folder / 'made_by.json').read_bytes())['command']}"
+        return f"{name}, made by: {json.loads((folder / 'made_by.json').read_bytes())['command']}"
     except (OSError, ValueError, KeyError, TypeError):
-        return source
+        return name
+
+
+def _read_figures(folder: Path) -> Mapping[str, Any]:
+    try:
+        return read_summary(folder).figures
+    except ArtifactError:
+        return {}
 
 
 def unet_config(text_to_image: str, root: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,19 +28,15 @@ def models(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     UNet2DConditionModel(**UNET_CONFIG).save_pretrained(folder / "text-to-image" / "unet")
-    vae = AutoencoderKL(
-        block_out_channels=(4, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=2,
-        sample_size=SIDE,
-    )
+    of_two_levels: dict[str, Any] = {
+        "block_out_channels": (4, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
+    vae = AutoencoderKL(**of_two_levels, latent_channels=4, norm_num_groups=2, sample_size=SIDE)
     vae.save_pretrained(folder / "text-to-image" / "vae")
     DDPMScheduler().save_pretrained(folder / "text-to-image" / "scheduler")
-    dino = Dinov2Config(
-        hidden_size=12, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14, intermediate_size=8
-    )
+    dino = Dinov2Config(hidden_size=12, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
     Dinov2Model(dino).save_pretrained(folder / "dino")
     (folder / "text-to-image" / "made_by.json").write_text(json.dumps({"command": "make text-to-image"}))
     return folder
