@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from m2m import artifacts
-from m2m.config import Compute, ModelSource, Settings, Source, StageConfig, source_digest
+from m2m.config import Compute, ModelSource, Settings, Source, StageConfig, is_hub_id, resolve
 from m2m.data.sets import ImageSets
-from m2m.errors import ArtifactError
+from m2m.errors import ArtifactError, InputError
 from m2m.evaluation.encoders import Clip, Dino, Reader
 from m2m.generation.noise import keyed_generator, keyed_normal, namespaced
 from m2m.models.autoencoder import decode_latents, encode_images, pixels_per_latent
@@ -64,10 +64,13 @@ class EvaluationConfig(StageConfig):
         found = []
         for name, info in type(self).model_fields.items():
             value = getattr(self, name)
-            if value is not None and any(isinstance(mark, Source) for mark in info.metadata):
-                source_digest(value, root)
-                found.append(f"{name}: {value}")
-        return found
+            if value is None or not any(isinstance(mark, Source) for mark in info.metadata):
+                continue
+            path = resolve(value, root)
+            if not path.exists() and not (isinstance(value, str) and is_hub_id(value)):
+                raise InputError(f"{name} {value}: no such file or folder (looked at {path})")
+            found.append(f"{name}: {path if path.exists() else f'{value} (from the hub)'}")
+        return [*found, f"{self.sampling.num_inference_steps} steps an image, {self.batch} sets at a time"]
 
     def open_clip(self, run: StageRun) -> Clip:
         return Clip(self.clip, run.profile.root, self.compute)

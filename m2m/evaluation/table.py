@@ -3,7 +3,9 @@
 Belongs here: that protocol, and the paper's own figures to set beside ours. Not here: the metrics' arithmetic.
 """
 
+import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -50,6 +52,15 @@ class Table1(EvaluationConfig):
         None, description="the backbone's weights: the classifier's folder, or torch-fidelity's file"
     )
     is_splits: int = Field(1, ge=1, description="parts over which IS is averaged; the paper does not say (often 10)")
+
+    def preview(self, root: Path, variant: str | None) -> list[str]:
+        missing = self.backbone == "inception-v3" and importlib.util.find_spec("torch_fidelity") is None
+        return [
+            *super().preview(root, variant),
+            f"backbone: {self.backbone}" + (" (not installed here: pip install torch-fidelity)" if missing else ""),
+            f"{self.sets:,} sets, {self.num_images} images after {self.preceding}, two models: "
+            f"{self.sets * self.num_images * 2:,} images",
+        ]
 
 
 def evaluate_table_1(config: Table1, run: StageRun) -> None:

@@ -5,11 +5,35 @@ import re
 import pytest
 
 from m2m import artifacts
+from m2m.artifacts import Summary
+from m2m.config import Profile, load_profile
 from m2m.errors import ArtifactError
 from m2m.evaluation.charts import chart
 from m2m.evaluation.report import PAGE, missing_from
 from m2m.progress import Progress
 from m2m.stages import STAGES, run_stage
+from tests.evaluation.outputs_by_hand import FIGURES, ROWS, write_output
+
+
+@pytest.fixture(scope="module")
+def whole_outputs(tmp_path_factory) -> Profile:
+    """A profile with an output of every stage that the report shows."""
+    root = tmp_path_factory.mktemp("report")
+    (root / "configs").mkdir()
+    (root / "configs" / "tiny.yaml").write_text("label: made with <tiny> models\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("M2M_OUTPUTS", raising=False)
+        profile = load_profile(root / "configs" / "tiny.yaml")
+    for key in STAGES["report"].inputs.values():
+        summary = Summary(
+            figures={**FIGURES.get(key, {}), "a_figure": 0.1234567, "nothing": None},
+            tables={"Table 1": ROWS},
+            curves={"loss by step": {"step": [1.0, 2.0, 3.0], "M2M-Self": [3.0, 1.0, 0.5]}},
+            pictures={f"pictures of {key}": "grids/some.png"},
+            checks={"fine": ""},
+        )
+        write_output(profile, key, summary, {"things": 1234, "sets": 77}, {"seed": 7})
+    return profile
 
 
 @pytest.fixture(scope="module")

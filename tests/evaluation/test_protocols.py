@@ -1,0 +1,148 @@
+"""The reasoning inside the protocols, against simulations and independent computations."""
+
+import numpy as np
+import pytest
+import torch
+from torchmetrics.multimodal import CLIPScore
+from transformers import CLIPModel, CLIPTokenizer
+
+from m2m.config import Compute
+from m2m.errors import InputError
+from m2m.evaluation.consistency import asked_and_free
+from m2m.evaluation.encoders import Clip, Reader
+from m2m.evaluation.grids import write_grid
+from m2m.evaluation.measures import clip_score
+from m2m.evaluation.novel_views import view_angles
+from m2m.evaluation.preceding_images import corrected, ideal_agreement
+from m2m.evaluation.protocol import at_size
+from m2m.tiny.world import ATTRIBUTES, Scene, describe
+
+CPU = Compute(device="cpu", dtype="float32", threads=1)
+
+
+@pytest.mark.parametrize(("prior", "values", "preceding"), [(0.5, 3, 1), (0.66, 5, 2), (0.3, 6, 3)])
+def test_the_ideal_observer_is_what_simulated_sets_do(prior, values, preceding):
+    drawn = np.random.default_rng(0)
+    sets = 400_000
+    free = drawn.integers(values, size=(sets, preceding + 1))
+    shared = drawn.random(sets) < prior
+    shown = np.where(shared[:, None], free[:, :1], free)
+    agree = (shown[:, :preceding] == shown[:, :1]).all(1)
+    rate = (shown[agree, preceding] == shown[agree, 0]).mean()
+    assert ideal_agreement(prior, values, preceding) == pytest.approx(rate, abs=0.006)
+
+
+def test_the_ideal_observer_is_surer_with_every_image_that_agrees():
+    rates = [ideal_agreement(0.66, 4, k) for k in range(1, 6)]
+    assert rates == sorted(rates) and rates[-1] > 0.99
+    assert ideal_agreement(1.0, 4, 1) == 1 and ideal_agreement(0.0, 4, 3) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("true", [0.2, 0.6, 1.0])
+def test_correction_undoes_what_an_erring_reader_does(true):
+    drawn = np.random.default_rng(1)
+    values, accuracy, n = 5, 0.8, 400_000
+    agrees = drawn.random(n) < true
+    right = drawn.random(n) < accuracy
+    by_error = drawn.random(n) < (1 - accuracy) / (values - 1)
+    observed = np.where(agrees, right, by_error).mean()
+    assert corrected(observed, accuracy, values) == pytest.approx(true, abs=0.01)
+
+
+def test_correction_leaves_perfect_readers_and_hopeless_ones_alone():
+    assert corrected(0.37, 1.0, 4) == pytest.approx(0.37)
+    assert corrected(0.37, 0.25, 4) == 0.37
+    assert corrected(0.99, 0.8, 4) == 1.0
+
+
+def test_named_attributes_are_asked_for_and_the_others_may_vary():
+    names = list(ATTRIBUTES)
+    star = Scene("star", "red", "one", "white", "solid").labels()
+    varied = list(star)
+    varied[names.index("background")] = 1
+    read = torch.tensor([[star, varied]])
+    asked, differ = asked_and_free(read, [describe({"shape": "star", "colour": "red"})])
+    assert asked == 1.0
+    assert differ == pytest.approx(1 / 3)  # of count, background and texture, the background differs
+    assert asked_and_free(read, [describe({"shape": "heart"})])[0] == 0.0
+    assert asked_and_free(read, [""])[0] is None
+
+
+def test_angles_between_cameras_are_seen_from_the_origin():
+    poses = []
+    for degrees in (0, 30, 90, 180):
+        a = np.radians(degrees)
+        rotation = np.array([[np.cos(a), 0, np.sin(a)], [0, 1, 0], [-np.sin(a), 0, np.cos(a)]])
+        poses.append(np.hstack([rotation, [[0], [0], [-1.0 - degrees / 90]]]))  # the distance does not matter
+    angles = view_angles(torch.tensor(np.stack(poses)))
+    assert angles[0].rad2deg().tolist() == pytest.approx([0, 30, 90, 180], abs=1e-4)
+    assert torch.allclose(angles, angles.T)
+
+
+def test_clip_scores_are_torchmetrics_own_with_the_model_itself(small_world):
+    """Encoding once and scoring later gives what torchmetrics gives with the model in its hands."""
+    clip = Clip("clip", small_world.root, CPU)
+    model = CLIPModel.from_pretrained(small_world.root / "clip").eval()
+    tokenizer = CLIPTokenizer.from_pretrained(small_world.root / "clip")
+
+    class Model:
+        config = model.config
+
+        def to(self, _):
+            return self
+
+        def get_image_features(self, pixels):
+            return model.get_image_features(pixel_values=pixels).pooler_output
+
+        def get_text_features(self, ids, mask):
+            return model.get_text_features(ids, mask).pooler_output
+
+    def processor(images=None, text=None, **_):
+        if text is not None:
+            return tokenizer(text, return_tensors="pt", padding=True)
+        mean, std = (
+            torch.tensor([0.48145466, 0.4578275, 0.40821073]),
+            torch.tensor([0.26862954, 0.26130258, 0.27577711]),
+        )
+        pixels = torch.stack(list(images)).float() / 255
+        return {"pixel_values": (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)}
+
+    pictures = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    captions = ["three red stars", "a heart", "blue", "two crosses on a black background"]
+    metric = CLIPScore(lambda: (Model(), processor))  # type: ignore[arg-type,return-value]
+    metric.update(list(pictures), captions)
+    ours = clip_score(clip.pictures(pictures), clip.texts(captions))
+    assert ours == pytest.approx(metric.compute().item(), abs=1e-3)
+
+
+def test_pictures_of_any_size_are_seen_whole_by_their_middle(small_world):
+    clip = Clip("clip", small_world.root, CPU)
+    wide = torch.zeros(1, 3, 32, 64, dtype=torch.uint8)
+    wide[..., 16:48] = 200
+    square = torch.full((1, 3, 16, 16), 200, dtype=torch.uint8)
+    assert torch.allclose(clip.pictures(wide), clip.pictures(square), atol=0.05)
+
+
+def test_a_folder_that_holds_another_model_is_named(small_world):
+    with pytest.raises(InputError, match="dino: not a CLIP model"):
+        Clip("dino", small_world.root, CPU)
+    with pytest.raises(InputError, match="clip: not a classifier"):
+        Reader("clip", small_world.root, CPU)
+
+
+def test_a_grid_is_the_same_bytes_and_keeps_its_pictures(tmp_path):
+    pictures = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
+    rows = [[pictures[:2], pictures[2:]], [pictures[:1], pictures[:0]]]
+    first, second = (write_grid(tmp_path / name, rows).read_bytes() for name in ("a.png", "b.png"))
+    assert first == second
+    from PIL import Image
+
+    sheet = torch.from_numpy(np.array(Image.open(tmp_path / "a.png")))
+    top = sheet[4 : 4 + 96, 4 : 4 + 96].permute(2, 0, 1)
+    assert torch.equal(top[:, ::6, ::6], pictures[0])
+
+
+def test_pictures_of_the_right_size_are_left_alone():
+    pictures = torch.randint(0, 256, (2, 3, 3, 16, 16), dtype=torch.uint8)
+    assert at_size(pictures, 16) is pictures
+    assert at_size(pictures, 8).shape == (2, 3, 3, 8, 8)

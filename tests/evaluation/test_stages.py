@@ -1,0 +1,159 @@
+"""Every evaluation on very small real models: what is compared, counted, kept, and the same on every run."""
+
+import json
+import math
+
+import pytest
+from PIL import Image
+
+from m2m.errors import ConfigError, InputError
+from m2m.evaluation import protocol
+from m2m.evaluation.protocol import Sampler
+from tests.evaluation.conftest import TEST
+
+SETTINGS = {
+    "table_1": {"preceding": 4, "num_images": 3, "backbone": "classifier", "inception": "classifier"},
+    "preceding_images": {"trials": 3, "preceding": [1, 3]},
+    "consistency": {"sets": 5, "preceding": 3, "num_images": 2},
+    "real_images": {"photo_sets": "photo_sets", "sets_per_category": 2, "num_images": 2},
+    "novel_views": {"objaverse": "objaverse", "min_validation": 2, "preceding": [1, 2], "targets": 2},
+    "procedures": {"vgsi": "vgsi", "preceding": 2, "num_images": 2, "distractors": 2},
+    "rollouts": {"sets": 3, "num_images": 3, "preceding": 2},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_an_evaluation_leaves_pictures_tables_and_finite_metrics(evaluate, name):
+    run = evaluate(name, **SETTINGS[name])
+    assert run.summary["checks"] == {"metrics_finite": ""}
+    assert run.summary["tables"] and run.counts["generated_images"] > 0
+    for path in run.summary["pictures"].values():
+        with Image.open(run.out / path) as picture:
+            assert min(picture.size) > 64
+    assert _numbers(json.loads((run.out / "metrics.json").read_text()))
+    assert not list(run.out.glob(".*")), "what was kept for a restart is dropped"
+
+
+@pytest.mark.parametrize("name", ["table_1", "novel_views", "procedures"])
+def test_the_same_settings_give_the_same_bytes_in_any_batch(evaluate, name):
+    first = evaluate(name, "first", **SETTINGS[name])
+    second = evaluate(name, "second", **SETTINGS[name])
+    other = evaluate(name, "other", **SETTINGS[name], batch=1)
+    files = sorted(path.name for path in first.out.iterdir())
+    for file in files:
+        assert (first.out / file).read_bytes() == (second.out / file).read_bytes()
+    ours, theirs = (_numbers(json.loads((run.out / "metrics.json").read_text())) for run in (first, other))
+    assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-3)
+
+
+def test_a_killed_evaluation_goes_on_with_the_batch_it_was_at(evaluate, monkeypatch, tmp_path):
+    whole = evaluate("rollouts", "whole", **SETTINGS["rollouts"], batch=1)
+    calls = []
+    sample = Sampler.continue_sets
+
+    def counted(self, *args, **kwargs):
+        if len(calls) == 4:
+            calls.append("killed")
+            raise KeyboardInterrupt
+        calls.append(args[1])
+        return sample(self, *args, **kwargs)
+
+    monkeypatch.setattr(Sampler, "continue_sets", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate("rollouts", "killed", **SETTINGS["rollouts"], batch=1)
+    # a half-written batch is no batch
+    newest = max((tmp_path / "killed" / ".parts").rglob("*.safetensors"))
+    newest.write_bytes(newest.read_bytes()[:100])
+    resumed = evaluate("rollouts", "killed", **SETTINGS["rollouts"], batch=1)
+    assert len(calls) == 1 + 6 + 1  # six batches, the damaged one twice
+    for file in ("metrics.json", "M2M-Self.png", "M2M-DINO.png"):
+        assert (whole.out / file).read_bytes() == (resumed.out / file).read_bytes()
+
+
+def test_table_1_scores_each_nth_image_and_names_its_samples(evaluate):
+    run = evaluate("table_1", **SETTINGS["table_1"])
+    metrics = json.loads((run.out / "metrics.json").read_text())
+    assert run.summary["figures"]["fid_samples"] == TEST and run.summary["figures"]["fid_features"] == 4
+    assert set(metrics["scores"]) == {"M2M-Self", "M2M-DINO", "the sets' own images"}
+    for scores in metrics["scores"].values():
+        for score in scores.values():
+            assert len(score["by_image"]) == 3
+            assert score["mean"] == pytest.approx(sum(score["by_image"]) / 3)
+    methods = [row["method"] for row in run.summary["tables"]["Table 1"]]
+    assert methods[-2:] == ["paper: M2M-Self (9M)", "paper: M2M-DINO (6M)"]
+    assert "not comparable" in run.summary["figures"]["note"]
+
+
+def test_table_1_refuses_fewer_sets_than_features(evaluate):
+    with pytest.raises(InputError, match="takes 4; FID of 4 features needs 5 or more"):
+        evaluate("table_1", **SETTINGS["table_1"], sets=4)
+
+
+def test_inception_without_torch_fidelity_says_what_to_install(evaluate):
+    with pytest.raises(ConfigError, match="pip install torch-fidelity"):
+        evaluate("table_1", backbone="inception-v3")
+
+
+def test_without_a_reader_preceding_images_come_from_test_sets(evaluate):
+    run = evaluate("preceding_images", **SETTINGS["preceding_images"], reader=None)
+    (rows,) = run.summary["tables"].values()
+    assert len(rows) == 2 * 2 * 2  # models, guidances, numbers of preceding images
+    assert all("agreement" not in row and 0 <= row["CLIP to all preceding"] <= 100 for row in rows)
+
+
+def test_sampling_speed_times_both_models_and_the_text_to_image_model(evaluate, monkeypatch):
+    run = evaluate("sampling_speed", text_to_image="text-to-image", preceding=[1, 2], num_images=[1], repeats=1)
+    (rows,) = run.summary["tables"].values()
+    assert [row["model"] for row in rows] == ["text-to-image model", *["M2M-Self"] * 2, *["M2M-DINO"] * 2]
+    assert all(row["seconds an image"] > 0 for row in rows)
+
+
+def test_sets_without_stored_pictures_are_decoded(small_world, evaluate, tmp_path):
+    import shutil
+
+    bare = tmp_path / "sets"
+    shutil.copytree(small_world.root / "sets", bare)
+    index = json.loads((bare / "index.json").read_text())
+    (bare / "index.json").write_text(json.dumps(index | {"pictures": None}))
+    run = evaluate("rollouts", inputs={"sets": bare}, **SETTINGS["rollouts"])
+    assert run.summary["checks"] == {"metrics_finite": ""}
+
+
+def test_photographs_must_be_named_and_enough(evaluate):
+    with pytest.raises(ConfigError, match="photo_sets, or coco_instances"):
+        evaluate("real_images")
+    with pytest.raises(InputError, match="0 categories have the 9 photographs"):
+        evaluate("real_images", photo_sets="photo_sets", preceding=9)
+
+
+def test_objects_need_enough_views(evaluate):
+    with pytest.raises(InputError, match="none of 2 held-out objects has the 10 views"):
+        evaluate("novel_views", objaverse="objaverse", min_validation=2, preceding=[1, 8], targets=2)
+
+
+def test_what_is_not_finite_is_named():
+    metrics = {"a": {"b": [1.0, float("nan")]}, "c": None, "d": "text"}
+    assert protocol._not_finite(metrics, "") == ["a.b[1]"]
+
+
+def test_settings_are_checked_before_anything_runs(small_world):
+    from m2m.evaluation.rollouts import Rollouts
+
+    config = Rollouts.model_validate({**small_world.settings, "dino": "missing/folder/of/dino"})
+    with pytest.raises(InputError, match="dino missing/folder/of/dino: no such file or folder"):
+        config.preview(small_world.root, None)
+    assert any(
+        line.startswith("clip")
+        for line in Rollouts.model_validate(small_world.settings).preview(small_world.root, None)
+    )
+
+
+def _numbers(value) -> list[float]:
+    if isinstance(value, dict):
+        return [number for key in sorted(value) for number in _numbers(value[key])]
+    if isinstance(value, list):
+        return [number for inner in value for number in _numbers(inner)]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        assert math.isfinite(value)
+        return [float(value)]
+    return []
