@@ -39,6 +39,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--threads", type=int, help="default: torch's own choice")
     train.set_defaults(run=_train)
 
+    m2m = commands.add_parser("m2m", help="train M2M's starting weights on drawn sets, from the shipped text-to-image ones")
+    m2m.add_argument("variant", choices=("self", "dino"))
+    m2m.add_argument("--steps", type=int, default=1000)
+    m2m.add_argument("--sets", type=int, default=3000)
+    m2m.add_argument("--out", type=Path, default=WEIGHTS)
+    m2m.add_argument("--threads", type=int, default=2)
+    m2m.set_defaults(run=_m2m)
+
     export = commands.add_parser("export", help="ship the newest checkpoints, also of unfinished trainings")
     export.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODELS)}; default all")
     export.add_argument("--out", type=Path, default=WEIGHTS)
@@ -81,6 +89,13 @@ def _train(arguments: argparse.Namespace) -> None:
     steps = {"steps": arguments.steps} if arguments.steps else {}
     trainings[arguments.name](resume=arguments.resume, **steps)
     export(arguments.name, arguments.out)
+
+
+def _m2m(arguments: argparse.Namespace) -> None:
+    from m2m.tiny.many_to_many import train_many_to_many
+
+    given = {name: getattr(arguments, name) for name in ("steps", "sets", "threads")}
+    print(train_many_to_many(arguments.variant, arguments.out, **given))
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,123 @@
+"""M2M's tiny starting weights: the default run has too few minutes to learn image sets from the text-to-image weights.
+
+Belongs here: image sets drawn by the world, the training's settings. Not here: the training (`m2m.training`, the same
+loop and loss as the stage `pretrain`), the stage itself, which goes on from these weights.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m2m.config import Compute
+from m2m.models.text_to_image import load_ddim, load_dino, load_vae
+from m2m.pipelines.many_to_many import ManyToManyPipeline
+from m2m.progress import Progress
+from m2m.tiny.training import OUTPUTS
+from m2m.tiny.world import ATTRIBUTES, draw, sample_scene
+from m2m.training.acceleration import open_accelerator
+from m2m.training.loop import train
+from m2m.training.objective import Objective, SetLoss
+from m2m.training.settings import TrainingSettings
+from m2m.training.starting import fresh_unet
+
+Variant = Literal["self", "dino"]
+IMAGES_PER_SET = 5
+SHARED = 0.7  # how often an attribute is the same in all pictures of a set
+
+
+@dataclass(frozen=True)
+class DrawnSets:
+    """Encoded sets in memory: latents (sets, N, C, h, w) and, for M2M-DINO, features (sets, N - 1, S, D), float16."""
+
+    latents: Tensor
+    features: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        _, sample = key
+        item = {"sample": torch.tensor(sample), "latents": self.latents[sample].float()}
+        return item if self.features is None else item | {"features": self.features[sample].float()}
+
+
+def draw_set(rng: np.random.Generator, images: int = IMAGES_PER_SET) -> np.ndarray:
+    """Pictures (images, 64, 64, 3) that share each attribute with probability `SHARED`, and are else free in it."""
+    scene = sample_scene(rng)
+    shared = {name: getattr(scene, name) for name in ATTRIBUTES if rng.random() < SHARED}
+    return np.stack([draw(sample_scene(rng, shared), rng) for _ in range(images)])
+
+
+@torch.no_grad()
+def drawn_sets(pipeline: ManyToManyPipeline, count: int, seed: int) -> DrawnSets:
+    """`count` sets, drawn and encoded as training and sampling will see them."""
+    rng = np.random.default_rng([seed, 7])
+    latents, features = [], []
+    for _ in Progress().each(range(count), unit="set", label="drawing and encoding"):
+        pictures = torch.from_numpy(draw_set(rng)).permute(0, 3, 1, 2).float() / 255
+        posterior = pipeline.vae.encode(pictures * 2 - 1).latent_dist
+        latents.append((posterior.mode() * pipeline.vae.config["scaling_factor"]).half())
+        if pipeline.image_encoder is not None:
+            features.append(pipeline.encode(pictures[:-1]).half())
+    return DrawnSets(torch.stack(latents), torch.stack(features) if features else None)
+
+
+def train_many_to_many(
+    variant: Variant, weights: Path, steps: int = 1000, sets: int = 3000, threads: int = 2, seed: int = 0
+) -> Path:
+    """Train M2M from the tiny text-to-image weights and ship its averaged U-Net to `weights/m2m-<variant>`.
+
+    Goes on from the newest checkpoint in `outputs/tiny-models/m2m-<variant>`.
+    """
+    name = f"m2m-{variant}"
+    source, work = str(weights / "stable-diffusion"), OUTPUTS / name
+    work.mkdir(parents=True, exist_ok=True)
+    settings = TrainingSettings(
+        images_per_set=IMAGES_PER_SET,
+        batch=12,
+        micro_batch=12,
+        epochs=1_000,
+        steps=steps,
+        learning_rate=5e-4,
+        warmup_steps=30,
+        ema_decay=0.99,
+        checkpoint_every=100,
+        seed=seed,
+        compute=Compute(threads=threads, dtype="bfloat16"),
+    )
+    accelerator = open_accelerator(settings.compute)
+    dino = load_dino(str(weights / "dinov2"), Path.cwd()) if variant == "dino" else None
+    width = None if dino is None else dino.config.hidden_size
+    unet = fresh_unet(source, Path.cwd(), variant, width, seed, {})
+    scheduler = load_ddim(source, Path.cwd())
+    pipeline = ManyToManyPipeline(load_vae(source, Path.cwd()), unet, scheduler, dino)
+    objective = Objective(
+        seed,
+        settings.timesteps,
+        settings.context_dropout,
+        num_train_timesteps=scheduler.config["num_train_timesteps"],
+    )
+    data, belongs_to = drawn_sets(pipeline, sets, seed), f"{variant}-{sets}-{seed}"
+    train(
+        settings,
+        SetLoss(unet, scheduler),
+        objective,
+        data,
+        work,
+        Progress(),
+        accelerator,
+        belongs_to=belongs_to,
+        label=name,
+    )
+    out = weights / name
+    unet.half().save_pretrained(out / "unet")
+    command = f"python -m m2m.tiny m2m {variant} --steps {steps} --sets {sets}"
+    (out / "made_by.json").write_text(json.dumps({"command": command}) + "\n")
+    shutil.copyfile(work / "training_log.jsonl", out / "training_log.jsonl")
+    return out
