@@ -17,8 +17,7 @@ def steps_per_epoch(sets: int, batch: int) -> int:
 
 def total_steps(settings: TrainingSettings, sets: int) -> int:
     """Optimizer steps of the whole training."""
-    by_epochs = settings.epochs * steps_per_epoch(sets, settings.batch)
-    return by_epochs if settings.steps is None else min(settings.steps, by_epochs)
+    return settings.steps or settings.epochs * steps_per_epoch(sets, settings.batch)
 
 
 @dataclass(frozen=True)

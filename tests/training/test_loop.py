@@ -167,3 +167,8 @@ def test_fewer_sets_than_a_batch_are_one_step_an_epoch(tmp_path):
 def test_the_untrained_toy_is_always_the_same():
     first, second = toy_unet(), toy_unet()
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
+
+
+def test_steps_decide_instead_of_epochs(tmp_path):
+    _, log = toy_training(tmp_path, epochs=1, steps=5)
+    assert [line.epoch for line in log] == [0, 0, 0, 1, 1]
