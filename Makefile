@@ -24,7 +24,7 @@ $(VENV)/pyvenv.cfg:
 $(VENV)/.installed: requirements.lock pyproject.toml | $(VENV)/pyvenv.cfg
 	@echo "Installing (some 170 packages, 400 MB to download; a few minutes, once)"
 	@$(INSTALL) -r requirements.lock
-	@$(INSTALL) -e .
+	@$(INSTALL) --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
