@@ -39,7 +39,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--threads", type=int, help="default: torch's own choice")
     train.set_defaults(run=_train)
 
-    m2m = commands.add_parser("m2m", help="train M2M's starting weights on drawn sets, from the shipped text-to-image ones")
+    m2m = commands.add_parser(
+        "m2m", help="train M2M's starting weights on drawn sets, from the shipped text-to-image ones"
+    )
     m2m.add_argument("variant", choices=("self", "dino"))
     m2m.add_argument("--steps", type=int, default=1000)
     m2m.add_argument("--sets", type=int, default=3000)

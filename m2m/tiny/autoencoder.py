@@ -5,8 +5,8 @@ Belongs here: its configuration and its training. Not here: the pipeline folder 
 
 import numpy as np
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.attention_processor import Attention
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
@@ -84,7 +84,7 @@ def start_with_mean_colours(model: AutoencoderKL) -> AutoencoderKL:
     return model
 
 
-def train_autoencoder(steps: int = 2000, resume: bool = True, seed: int = 0) -> AutoencoderKL:
+def train_autoencoder(steps: int = 1200, resume: bool = True, seed: int = 0) -> AutoencoderKL:
     """L1 and squared error on pixels, L1 on their differences between neighbours, and a small KL term.
 
     The differences make edges count: outlines and stripes are few pixels, and plain L1 lets them blur first. So does

@@ -1,4 +1,4 @@
-"""The classifier: a small conv net that reads a picture's five attributes and stands where Inception stands in evaluation.
+"""The classifier: a small conv net that reads five attributes and stands where Inception does in evaluation.
 
 Belongs here: the model, its file format and its training. Not here: scores made from its features.
 """
@@ -82,7 +82,7 @@ class Classifier(nn.Module):
         return model.eval()
 
 
-def train_classifier(steps: int = 2500, resume: bool = True, seed: int = 0, name: str = "classifier") -> Classifier:
+def train_classifier(steps: int = 1500, resume: bool = True, seed: int = 0, name: str = "classifier") -> Classifier:
     """Cross-entropy on every attribute, on pictures that were shifted, blurred and noised a little.
 
     The disturbances are there because the classifier is to judge pictures that come out of an autoencoder.

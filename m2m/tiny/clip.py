@@ -1,4 +1,4 @@
-"""The small CLIP: an image and a text tower that meet in 64 dimensions. Its text tower is the text-to-image model's encoder.
+"""The small CLIP: an image and a text tower that meet in 64 dimensions; text-to-image reads its text tower.
 
 Belongs here: its configuration, the real CLIP tokenizer, its training. Not here: scores made from it.
 """
@@ -62,7 +62,7 @@ def normalised(images: Tensor) -> Tensor:
     return (images - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
-def train_clip(steps: int = 2000, resume: bool = True, seed: int = 0) -> CLIPModel:
+def train_clip(steps: int = 1000, resume: bool = True, seed: int = 0) -> CLIPModel:
     """Contrastive, with a target that is spread over all pictures of the batch that a caption is true of.
 
     In a world of 2,160 scenes most captions are true of several pictures in a batch; pushing those away, as the plain

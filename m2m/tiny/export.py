@@ -30,13 +30,15 @@ def export(name: str, out: Path) -> Path:
         model, _ = clip.load_clip()
         model.half().save_pretrained(out / name)
         _preprocessor(out / name, "CLIPImageProcessor", clip.MEAN, clip.STD)
-        if clip.TOKENIZER != out / name:
+        if out / name != clip.TOKENIZER:
             _copy_tokenizer(out / name)
+        _load_as_float32(out / name)
         return _with_log(out / name, name)
     if name == "dino":
         model, _ = dino.load_dino()
         model.half().save_pretrained(out / "dinov2")
         _preprocessor(out / "dinov2", "BitImageProcessor", dino.MEAN, dino.STD)
+        _load_as_float32(out / "dinov2")
         return _with_log(out / "dinov2", name)
     return _export_stable_diffusion(out / "stable-diffusion")
 
@@ -56,9 +58,13 @@ def _export_stable_diffusion(folder: Path) -> Path:
         requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(folder)
+    _load_as_float32(folder / "text_encoder")
     # One form of the tokenizer and not two: transformers also writes tokenizer.json, 3.6 MB that say the same.
     shutil.rmtree(folder / "tokenizer")
     _copy_tokenizer(folder / "tokenizer")
+    settings = folder / "tokenizer" / "tokenizer_config.json"
+    padded = {**json.loads(settings.read_text()), "model_max_length": text_to_image.TOKENS}
+    settings.write_text(json.dumps(padded, indent=2) + "\n")
     _with_log(folder / "vae", autoencoder.NAME)
     return _with_log(folder / "unet", text_to_image.NAME) if trained else folder
 
@@ -67,6 +73,15 @@ def _copy_tokenizer(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for file in _TOKENIZER_FILES:
         shutil.copyfile(clip.TOKENIZER / file, folder / file)
+
+
+def _load_as_float32(folder: Path) -> None:
+    """Stored in half precision, loaded in full, as diffusers does: transformers would keep what the config records."""
+    config = json.loads((folder / "config.json").read_text())
+    for part in (config, config.get("text_config", {}), config.get("vision_config", {})):
+        if "dtype" in part:
+            part["dtype"] = "float32"
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _preprocessor(folder: Path, kind: str, mean: tuple[float, ...], std: tuple[float, ...]) -> None:

@@ -42,7 +42,9 @@ def measure(weights: Path, pictures: int = 2000, samples: int = 500, grid: Path 
     found["dino_linear_probe"] = _probe(_dino_features(weights / "dinov2", images), held_out)
     found["clip"] = _retrieval(weights / "clip", held_out, captions, drawn)
     if grid:
-        rows = [torch.cat(list(drawn[start : start + 12]), dim=2) for start in range(0, min(samples, 96) // 12 * 12, 12)]
+        rows = [
+            torch.cat(list(drawn[start : start + 12]), dim=2) for start in range(0, min(samples, 96) // 12 * 12, 12)
+        ]
         Image.fromarray((torch.cat(rows, dim=1).permute(1, 2, 0) * 255).byte().numpy()).save(grid)
     text = json.dumps(found, indent=2)
     print(text)
@@ -59,7 +61,9 @@ def reconstruct(pipeline: StableDiffusionPipeline, images: Tensor, batch: int = 
 
 
 @torch.no_grad()
-def sample_images(pipeline: StableDiffusionPipeline, count: int, seed: int = 0, batch: int = 50) -> tuple[list[str], Tensor]:
+def sample_images(
+    pipeline: StableDiffusionPipeline, count: int, seed: int = 0, batch: int = 50
+) -> tuple[list[str], Tensor]:
     """`count` captions of the world and a picture for each: Euler, 25 steps, guidance 7.5. (B, 3, 64, 64) in [0, 1]."""
     rng = np.random.default_rng([HELD_OUT_SEED, seed])
     captions = [sample_caption(rng) for _ in range(count)]
@@ -86,7 +90,10 @@ def asked_and_read(judge: Classifier, captions: list[str], images: Tensor) -> di
         for name, value in read_caption(caption).items():
             hits[name].append(ATTRIBUTES[name][row[list(ATTRIBUTES).index(name)]] == value)
     every = [hit for some in hits.values() for hit in some]
-    return {**{name: round(float(np.mean(some)), 4) for name, some in hits.items()}, "mean": round(float(np.mean(every)), 4)}
+    return {
+        **{name: round(float(np.mean(some)), 4) for name, some in hits.items()},
+        "mean": round(float(np.mean(every)), 4),
+    }
 
 
 def _rates(read: np.ndarray, pictures: Bank) -> dict[str, float]:
@@ -121,7 +128,7 @@ def _probe(features: Tensor, pictures: Bank, ridge: float = 1.0) -> dict[str, fl
 def _retrieval(folder: Path, pictures: Bank, captions: list[str], drawn: Tensor) -> dict[str, float]:
     """Full captions against held-out pictures, and captions against the pictures sampled for them.
 
-    `attribute_accuracy` is CLIP as a zero-shot classifier: of captions that name one value, which fits the picture best.
+    `attribute_accuracy` is CLIP without training as a classifier: which one-word caption fits best.
     `caption_of_100`: of the full captions of 100 pictures, how often the best one is true of the picture.
     """
     model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()

@@ -1,12 +1,13 @@
 """Solid objects seen from posed cameras, in the layout of zero123's Objaverse renders.
 
-Belongs here: objects, cameras, a flat-shading renderer, and the files. Not here: reading such files (m2m.data.objaverse).
+Belongs here: objects, cameras, a flat-shading renderer, and the files. Not here: reading them (m2m.data.objaverse).
 
 Layout: `valid_paths.json` beside `<object>/NNN.png` (RGBA; alpha 0 is background) and `<object>/NNN.npy` (float64, 3x4,
 `[R, T]` from world to camera in Blender's axes: the camera looks along its own -z, y is up, so T_z < 0).
 """
 
 import colorsys
+import itertools
 import json
 from pathlib import Path
 
@@ -125,7 +126,7 @@ def _lathe(profile: list[tuple[float, float]], sides: int) -> NDArray:
     angles = 2 * np.pi * (np.arange(sides + 1) + 0.5) / sides
     rings = np.array([[(r * np.cos(a), r * np.sin(a), z) for a in angles] for r, z in profile])
     triangles = []
-    for lower, upper in zip(rings, rings[1:]):
+    for lower, upper in itertools.pairwise(rings):
         for left in range(sides):
             a, b, c, d = lower[left], lower[left + 1], upper[left + 1], upper[left]
             triangles += [(a, b, c), (a, c, d)]

@@ -27,7 +27,7 @@ def photograph(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
 
 
 def write_photo_sets(folder: Path, count: int, seed: int) -> None:
-    """For each shape of the world a category of `count` photographs, of two subjects that differ in colour and texture."""
+    """For each shape of the world a category of `count` photographs of two subjects, unlike in colour and texture."""
     for place, shape in enumerate(ATTRIBUTES["shape"]):
         rng = np.random.default_rng([seed, place])
         colours = rng.choice(ATTRIBUTES["colour"], 2, replace=False)

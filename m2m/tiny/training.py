@@ -75,7 +75,7 @@ def train(
 
     Args:
         modules: what is trained, by a name that its checkpoint keeps.
-        average: decay of the exponential moving average of the weights; 0 for none. The modules end up with the average.
+        average: decay of the exponential moving average of the weights; 0 for none. The modules end up with it.
     """
     folder = OUTPUTS / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ def train(
 
 
 def load_checkpoint(name: str, modules: Mapping[str, nn.Module]) -> dict[str, float]:
-    """Put the newest checkpoint's weights (the averages where there are any) into the modules; say its step and seconds."""
+    """Put the newest checkpoint's weights (the averages where there are any) into the modules; its step and seconds."""
     whole = nn.ModuleDict(dict(modules))
     state = torch.load(OUTPUTS / name / "checkpoint.pt", weights_only=True)
     whole.load_state_dict(state["modules"])

@@ -59,7 +59,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Layout:
-    """What varies between pictures of one scene: where the shapes stand, how large, and the exact paints (RGB in 0..1)."""
+    """What varies between pictures of one scene: places, sizes, turns and the exact paints (RGB in 0..1)."""
 
     centres: NDArray[np.float32]  # (count, 2), x and y in pixels
     radii: NDArray[np.float32]  # (count,)
@@ -139,7 +139,7 @@ def describe(named: Mapping[str, str]) -> str:
 
 
 def read_caption(caption: str) -> dict[str, str]:
-    """The attributes that a caption of `describe` names, in the order of `ATTRIBUTES`; words it doesn't know are passed over."""
+    """The attributes that a caption of `describe` names, in the order of `ATTRIBUTES`; other words are passed over."""
     words = set(caption.lower().split())
     singular = words | {word.removesuffix("s") for word in words} | {word.removesuffix("es") for word in words}
     found = {}
@@ -151,7 +151,7 @@ def read_caption(caption: str) -> dict[str, str]:
 
 
 def sample_caption(rng: np.random.Generator) -> str:
-    """A caption that names a random subset of a random scene: the shape nearly always, each other attribute two times in three."""
+    """A caption that names a random subset of a random scene: the shape nearly always, others two times in three."""
     scene = sample_scene(rng)
     chances = {"shape": 0.97}
     named = {name: getattr(scene, name) for name in ATTRIBUTES if rng.random() < chances.get(name, 2 / 3)}
@@ -166,7 +166,7 @@ def _check(name: str, value: str) -> None:
 
 
 def _distance(shape: str, x: NDArray, y: NDArray, r: float) -> NDArray:
-    """Signed distance to the edge (negative inside; near the edge in pixels) of a shape inside a circle of radius r. y points down."""
+    """Signed distance in pixels, exact near the edge and negative inside, of a shape within radius r. y points down."""
     if shape == "circle":
         return np.hypot(x, y) - r * 0.95
     if shape == "square":
