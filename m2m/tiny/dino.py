@@ -35,7 +35,7 @@ def normalised(images: Tensor) -> Tensor:
     return (images - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
-def train_dino(steps: int = 800, resume: bool = True, seed: int = 0) -> Dinov2Model:
+def train_dino(steps: int = 3000, resume: bool = True, seed: int = 0) -> Dinov2Model:
     """Cross-entropy of each attribute, read linearly off the mean token, and squared error of the local activations."""
     torch.manual_seed(seed)
     model, heads = build_dino()
