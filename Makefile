@@ -11,17 +11,17 @@ RUN := $(VENV)/bin/python
 export DAGSTER_HOME ?= $(CURDIR)/.dagster
 export M2M_PROFILE ?= $(PROFILE)
 # modules are compiled when they are first imported: most of a gigabyte of packages never is
-INSTALL := $(RUN) -m pip --disable-pip-version-check install --quiet --no-compile --no-deps
+INSTALL := $(RUN) -m pip --disable-pip-version-check install -qq --no-compile --no-deps
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 8
 
-$(VENV)/pyvenv.cfg:
+$(VENV)/bin/pip:
 	@echo "Making $(VENV)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; say which with make PYTHON=...")'
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: requirements.lock pyproject.toml | $(VENV)/pyvenv.cfg
+$(VENV)/.installed: requirements.lock pyproject.toml | $(VENV)/bin/pip
 	@echo "Installing (some 170 packages, 400 MB to download; a few minutes, once)"
 	@$(INSTALL) -r requirements.lock
 	@$(INSTALL) --no-build-isolation -e .
@@ -60,12 +60,12 @@ format: install-dev ## let ruff lay the code out
 
 ui: install $(DAGSTER_HOME)/dagster.yaml ## Dagster's web server and daemon on loopback (PORT=3000); Ctrl-C stops both
 	@echo "Dagster: http://127.0.0.1:$(PORT)"
-	@trap 'kill 0' EXIT; \
+	@trap 'trap - EXIT INT TERM; kill $$(jobs -p) 2>/dev/null; wait' EXIT INT TERM; \
 	$(VENV)/bin/dagster-daemon run -w workspace.yaml & \
 	$(RUN) -m dagster_webserver -w workspace.yaml -h 127.0.0.1 -p $(PORT) & \
 	wait -n
 
-lock: | $(VENV)/pyvenv.cfg ## resolve pyproject.toml's ranges anew and pin them
+lock: | $(VENV)/bin/pip ## resolve pyproject.toml's ranges anew and pin them
 	@$(RUN) .ci/lock.py
 
 clean: ## outputs, Dagster's home and caches; not .venv
