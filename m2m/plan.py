@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from m2m import artifacts
 from m2m.config import Profile
+from m2m.errors import M2MError
 from m2m.stages import STAGES, Stage, resources
 
 
@@ -41,10 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_profile_argument(parser)
 
 
-def main(args: argparse.Namespace) -> None:
-    """Dry-run every stage of a profile."""
-    from m2m.cli import open_profile
+def main(args: argparse.Namespace) -> int:
+    """Dry-run every stage of a profile; what would stop one is said, and the next is looked at."""
+    from m2m.cli import EXIT_BAD_INPUT, open_profile
 
     profile = open_profile(args.config)
+    stopped = 0
     for stage in STAGES.values():
-        print("\n".join(dry_run(stage, profile)))
+        try:
+            print("\n".join(dry_run(stage, profile)))
+        except M2MError as error:
+            stopped += 1
+            print(f"{stage.key}: would stop: {error}")
+    return EXIT_BAD_INPUT if stopped else 0
