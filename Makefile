@@ -23,6 +23,8 @@ $(VENV)/bin/pip:
 
 $(VENV)/.installed: requirements.lock pyproject.toml | $(VENV)/bin/pip
 	@echo "Installing (some 170 packages, 400 MB to download; a few minutes, once)"
+	@# torch alone with what it asks for, so that a CUDA build brings its libraries; the rest is all in the lock
+	@$(subst --no-deps,,$(INSTALL)) -c requirements.lock setuptools torch
 	@$(INSTALL) -r requirements.lock
 	@$(INSTALL) --no-build-isolation -e .
 	@touch $@
