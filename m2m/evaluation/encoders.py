@@ -4,6 +4,7 @@ Belongs here: opening them and turning pictures into features. Not here: what is
 (`m2m.evaluation.measures`), caching DINO features for training (`m2m.generation.features`).
 """
 
+import hashlib
 import importlib
 import json
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from m2m.errors import ConfigError, InputError
 from m2m.models.text_to_image import model_folder, start_compute
 from m2m.tiny.world import ATTRIBUTES
 
+_INCEPTION, _INCEPTION_SHA256 = "pt_inception-2015-12-05-6726825d.pth", "6726825d"
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -30,7 +32,13 @@ class Clip:
 
         folder, device = model_folder(source, root), start_compute(compute)
         try:
-            model: Any = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+            loaded: Any = CLIPModel.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
+            model, told = loaded
+            # transformers fills what a folder of another model lacks with random weights, and only warns
+            if told["missing_keys"]:
+                raise ValueError(f"{len(told['missing_keys'])} of its weights are not there")
             self._model = model.to(device).eval()
             self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
@@ -124,10 +132,13 @@ class InceptionBackbone:
     name = "inception-v3"
 
     def __init__(self, weights: Path | None, compute: Compute) -> None:
-        """Args: weights: `pt_inception-2015-12-05-6726825d.pth`; torch-fidelity downloads it where none is given.
+        """
+        Args:
+            weights: `pt_inception-2015-12-05-6726825d.pth`; downloaded where none is given.
 
         Raises:
             ConfigError: torch-fidelity is not installed.
+            InputError: other weights, or no way to get them.
         """
         try:
             inception = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
@@ -139,7 +150,7 @@ class InceptionBackbone:
         self._model = inception.FeatureExtractorInceptionV3(
             "inception-v3-compat",
             ["2048", "logits_unbiased"],
-            feature_extractor_weights_path=str(weights) if weights else None,
+            feature_extractor_weights_path=str(inception_weights(weights, inception.URL_INCEPTION_V3)),
         ).to(start_compute(compute))
         self._device = compute.device
 
@@ -148,6 +159,28 @@ class InceptionBackbone:
         """uint8 (n, 3, H, W) -> features (n, 2048) and logits (n, 1008) on the CPU; resized without antialiasing."""
         features, logits = self._model(pictures.to(self._device))
         return features.cpu(), logits.cpu()
+
+
+def inception_weights(given: Path | None, url: str) -> Path:
+    """The file of Inception's weights, known by its hash: torch-fidelity unpickles it, which can run code.
+
+    Raises:
+        InputError: the file is missing, can't be downloaded, or has another hash.
+    """
+    path = given or Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION
+    if given is None and not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), _INCEPTION_SHA256, progress=False)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{url}: {_first_line(error)}. Put the file at {path}, or set inception to it") from None
+    if not path.is_file():
+        raise InputError(f"inception {path}: no such file; expected {_INCEPTION}")
+    with path.open("rb") as f:
+        found = hashlib.file_digest(f, "sha256").hexdigest()
+    if not found.startswith(_INCEPTION_SHA256):
+        raise InputError(f"inception {path}: not the weights of FID: sha256 {found[:8]}..., not {_INCEPTION_SHA256}...")
+    return path
 
 
 def _load_classifier(source: str, root: Path, compute: Compute):

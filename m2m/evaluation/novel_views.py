@@ -13,9 +13,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from m2m import artifacts
 from m2m.config import SourcePath
 from m2m.data.objaverse import ObjaverseViews, PosedViews, relative_poses
-from m2m.errors import InputError
+from m2m.errors import ConfigError, InputError
 from m2m.evaluation.grids import write_grid
 from m2m.evaluation.measures import cosine, psnr, ssim
 from m2m.evaluation.protocol import EvaluationConfig, Sampler, conclude, each_picture, in_batches
@@ -108,19 +109,37 @@ def each_pair(measure: Any, pictures: Tensor, truth: Tensor) -> Tensor:
 
 
 def _held_out(config: NovelViews, run: StageRun, size: int) -> list[PosedViews]:
+    _require_same_split(config, run)
     views = ObjaverseViews(run.source(config.objaverse), "validation", config.min_validation, size)
     needed = max(config.preceding) + config.targets
-    chosen = config.choose(len(views), config.objects, "objects")
-    objects = [views[i] for i in chosen]
-    kept = [item for item in objects if len(item.images) >= needed]
+    kept: list[PosedViews] = []
+    asked = config.choose(len(views), config.objects, "objects")
+    for i in asked:
+        try:
+            found = views[i]
+        except InputError as error:
+            run.progress.log(f"left out: {error}")
+            continue
+        if len(found.images) >= needed:
+            kept.append(found)
     if not kept:
         raise InputError(
-            f"{config.objaverse}: none of {len(objects)} held-out objects has the {needed} views that preceding "
+            f"{config.objaverse}: none of {len(asked)} held-out objects has the {needed} views that preceding "
             f"(up to {max(config.preceding)}) and targets ({config.targets}) need"
         )
-    if dropped := len(objects) - len(kept) + len(views.set_aside):
-        run.progress.log(f"{dropped} held-out objects are left out: unreadable, or fewer than {needed} views")
+    run.count(objects_left_out=len(asked) - len(kept))
     return kept
+
+
+def _require_same_split(config: NovelViews, run: StageRun) -> None:
+    """Objects that the model was trained on must not be evaluated: both stages hold out the same share."""
+    trained = artifacts.read_manifest(run.inputs["m2m_nvs"])
+    held_out = trained.config.get("min_validation") if trained else None
+    if held_out not in (None, config.min_validation):
+        raise ConfigError(
+            f"evaluate.min_validation is {config.min_validation}, but finetune held out {held_out} objects at least: "
+            "give both the same, or the model is evaluated on objects that it was trained on"
+        )
 
 
 def _poses(view: PosedViews) -> Tensor:

@@ -49,14 +49,7 @@ def evaluate_procedures(config: NextSteps, run: StageRun) -> None:
     dino, clip = config.open_dino(run), config.open_clip(run)
     sampler = Sampler(run.inputs["m2m_vgsi"], "dino", config)
     procedures = Procedures(run.source(config.vgsi), "test")
-    chosen = [
-        i for i in config.choose(len(procedures), len(procedures), "procedures") if len(procedures[i].step_ids) > 1
-    ]
-    chosen = [chosen[i] for i in config.choose(len(chosen), config.procedures, "long procedures")]
-    if len(chosen) < 2:
-        raise InputError(
-            f"{config.vgsi}: {len(chosen)} held-out procedures have two steps or more; at least two are compared"
-        )
+    chosen = _held_out(config, procedures, sampler.size)
 
     def measure(batch: range) -> dict[str, Tensor]:
         # procedures differ in length: each is a batch of its own, and the two orders of its steps are sampled together
@@ -111,6 +104,19 @@ def evaluate_procedures(config: NextSteps, run: StageRun) -> None:
     run.figure(**{f"{title}, next step": round(rows[0][title], 4) for title in _MEASURES.values()})
     run.count(procedures=len(chosen), generated_images=len(chosen) * 2)
     conclude(run, {"rows": rows, "found": run.summary["tables"]["Finding the true next step by the generated one"]})
+
+
+def _held_out(config: NextSteps, procedures: Procedures, size: int) -> list[int]:
+    """Random procedures of two readable steps or more, in order."""
+    chosen: list[int] = []
+    for i in keyed_generator(namespaced(config.seed, "procedures")).permutation(len(procedures)).tolist():
+        if len(chosen) < config.procedures and len(procedures[i].step_ids) > 1 and len(procedures.images(i, size)) > 1:
+            chosen.append(i)
+    if len(chosen) < 2:
+        raise InputError(
+            f"{config.vgsi}: {len(chosen)} held-out procedures have two steps or more; at least two are compared"
+        )
+    return sorted(chosen)
 
 
 def _next(

@@ -9,7 +9,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from m2m.config import Compute
 from m2m.errors import InputError
 from m2m.evaluation.consistency import asked_and_free
-from m2m.evaluation.encoders import Clip, Reader
+from m2m.evaluation.encoders import Clip, Reader, inception_weights
 from m2m.evaluation.grids import write_grid
 from m2m.evaluation.measures import clip_score
 from m2m.evaluation.novel_views import view_angles
@@ -128,6 +128,18 @@ def test_a_folder_that_holds_another_model_is_named(small_world):
         Clip("dino", small_world.root, CPU)
     with pytest.raises(InputError, match="clip: not a classifier"):
         Reader("clip", small_world.root, CPU)
+
+
+def test_inception_is_known_by_its_hash(tmp_path, monkeypatch):
+    other = tmp_path / "weights.pth"
+    other.write_bytes(b"something else")
+    with pytest.raises(InputError, match="not the weights of FID"):
+        inception_weights(other, "unused")
+    with pytest.raises(InputError, match="no such file"):
+        inception_weights(tmp_path / "missing.pth", "unused")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    with pytest.raises(InputError, match="set inception to it"):
+        inception_weights(None, (tmp_path / "nowhere").as_uri())
 
 
 def test_a_grid_is_the_same_bytes_and_keeps_its_pictures(tmp_path):

@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 
 import pytest
 from PIL import Image
 
+from m2m.artifacts import Manifest
 from m2m.errors import ConfigError, InputError
 from m2m.evaluation import protocol
 from m2m.evaluation.protocol import Sampler
@@ -109,8 +111,6 @@ def test_sampling_speed_times_both_models_and_the_text_to_image_model(evaluate, 
 
 
 def test_sets_without_stored_pictures_are_decoded(small_world, evaluate, tmp_path):
-    import shutil
-
     bare = tmp_path / "sets"
     shutil.copytree(small_world.root / "sets", bare)
     index = json.loads((bare / "index.json").read_text())
@@ -157,3 +157,20 @@ def _numbers(value) -> list[float]:
         assert math.isfinite(value)
         return [float(value)]
     return []
+
+
+def test_objects_of_the_training_are_not_evaluated(small_world, evaluate, tmp_path):
+    trained = tmp_path / "m2m_nvs"
+    shutil.copytree(small_world.root / "m2m_nvs", trained)
+    manifest = Manifest(
+        stage="finetune@nvs",
+        version=1,
+        fingerprint="0",
+        config={"min_validation": 1},
+        inputs={},
+        counts={},
+        files=[],
+    )
+    (trained / "manifest.json").write_bytes(manifest.encoded())
+    with pytest.raises(ConfigError, match="min_validation is 2, but finetune held out 1"):
+        evaluate("novel_views", inputs={"m2m_nvs": trained}, **SETTINGS["novel_views"])
