@@ -75,7 +75,7 @@ def evaluate_consistency(config: Consistency, run: StageRun) -> None:
         before = sets.stack(chosen[: len(shown)], range(config.preceding))
         run.picture(
             f"{name}: {config.preceding} preceding images, then {config.num_images} generated ones",
-            write_grid(run.out / f"{name}.png", [[a, b] for a, b in zip(before, shown)]),
+            write_grid(run.out / name, [[a, b] for a, b in zip(before, shown)]),
         )
     _tell(config, run, rows, len(chosen))
 

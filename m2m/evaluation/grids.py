@@ -1,6 +1,6 @@
 """Pictures side by side: one row a set, preceding images and what was made of them kept apart.
 
-Belongs here: layout and deterministic PNG bytes. Not here: which pictures are shown.
+Belongs here: layout and deterministic bytes. Not here: which pictures are shown.
 """
 
 import io
@@ -13,19 +13,25 @@ from torch import Tensor
 
 from m2m import artifacts
 
+_SMALLEST, _LARGEST, _LARGEST_PNG = 64, 256, 128  # pixels of one picture
 _INK, _PAPER = (120, 120, 128), (255, 255, 255)
 
 
-def write_grid(path: Path, rows: Sequence[Sequence[Tensor]], smallest: int = 96) -> Path:
-    """Write a PNG of rows of groups of pictures, with a line between groups.
+def write_grid(path: Path, rows: Sequence[Sequence[Tensor]]) -> Path:
+    """Write rows of groups of pictures as one, with a line between groups.
 
     Args:
-        rows: for each row its groups, each uint8 (n, 3, H, W), all of one size; rows may differ in length.
-        smallest: pictures are enlarged by a whole factor until they are at least this wide.
+        path: without its ending.
+        rows: for each row its groups, each uint8 (n, 3, H, W), all of one size; rows may differ in length. Small
+            pictures are enlarged by a whole factor, large ones made smaller: a grid is to be looked at as a whole.
+
+    Returns:
+        The file that was written: PNG of small pictures, JPEG of photograph-sized ones.
     """
     height, width = rows[0][0].shape[-2:]
-    factor = max(1, -(-smallest // width))
-    height, width = height * factor, width * factor
+    factor = max(1, -(-_SMALLEST // width))
+    scale = min(1.0, _LARGEST / max(height, width))
+    height, width = round(height * factor * scale), round(width * factor * scale)
     gap = max(2, width // 24)
     between = gap * 5
     length = max(sum(len(group) for group in row) * (width + gap) + (len(row) - 1) * between for row in rows)
@@ -38,11 +44,18 @@ def write_grid(path: Path, rows: Sequence[Sequence[Tensor]], smallest: int = 96)
                 sheet[top - gap : top + height + gap, middle : middle + max(1, gap // 3)] = _INK
                 left += between
             for picture in group:
-                pixels = picture.permute(1, 2, 0).cpu().numpy()
-                sheet[top : top + height, left : left + width] = pixels.repeat(factor, 0).repeat(factor, 1)
+                pixels = picture.permute(1, 2, 0).cpu().numpy().repeat(factor, 0).repeat(factor, 1)
+                if scale < 1:
+                    pixels = np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
+                sheet[top : top + height, left : left + width] = pixels
                 left += width + gap
     buffer = io.BytesIO()
-    Image.fromarray(sheet).save(buffer, "PNG", optimize=True)
+    if max(height, width) > _LARGEST_PNG:
+        path = path.with_name(f"{path.name}.jpg")
+        Image.fromarray(sheet).save(buffer, "JPEG", quality=90)
+    else:
+        path = path.with_name(f"{path.name}.png")
+        Image.fromarray(sheet).save(buffer, "PNG", optimize=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     artifacts.write_bytes(path, buffer.getvalue())
     return path

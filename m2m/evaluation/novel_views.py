@@ -83,7 +83,7 @@ def evaluate_novel_views(config: NovelViews, run: StageRun) -> None:
     rows = [[a, b, c] for a, b, c in zip(found["first"], found["sequence"], found["truth"])]
     run.picture(
         f"One preceding view, {config.targets} generated one after the other, and the true ones",
-        write_grid(run.out / "views.png", rows),
+        write_grid(run.out / "views", rows),
     )
     _tell(config, run, found, len(objects), most)
 

@@ -218,7 +218,7 @@ def _show(config: PrecedingImages, run: StageRun, name: str, trials: Trials, pic
     told = ", ".join(map(str, config.preceding))
     run.picture(
         f"{name}: preceding images, then one image generated after the first {told} of them",
-        write_grid(run.out / f"{name}.png", rows),
+        write_grid(run.out / name, rows),
     )
 
 

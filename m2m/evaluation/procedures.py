@@ -84,26 +84,17 @@ def evaluate_procedures(config: NextSteps, run: StageRun) -> None:
         return told
 
     found = in_batches(run, "procedures", len(chosen), config.batch, measure)
-    rows = _rows(found)
-    run.table("The next step against the true one", rows)
-    _show(config, run, sampler, procedures, chosen)
     distractors = min(config.distractors, len(chosen) - 1)
-    run.table(
-        "Finding the true next step by the generated one",
-        [
-            {
-                "sought with": row["image"],
-                f"among {distractors} steps of others": row.pop("among others"),
-                "chance": 1 / (1 + distractors),
-                "among its own steps": row.pop("among own"),
-                "chance among its own": found["chance_own"].mean().item(),
-            }
-            for row in rows
-        ],
-    )
+    rows = _rows(found, _MEASURES)
+    sought = _rows(found, {"among_others": f"among {distractors} steps of others", "among_own": "among its own steps"})
+    for row in sought:
+        row |= {"chance": 1 / (1 + distractors), "chance among its own": found["chance_own"].mean().item()}
+    run.table("The next step against the true one", rows)
+    run.table("Finding the true next step by the generated one", sought)
+    _show(config, run, sampler, procedures, chosen)
     run.figure(**{f"{title}, next step": round(rows[0][title], 4) for title in _MEASURES.values()})
     run.count(procedures=len(chosen), generated_images=len(chosen) * 2)
-    conclude(run, {"rows": rows, "found": run.summary["tables"]["Finding the true next step by the generated one"]})
+    conclude(run, {"likeness": rows, "retrieval": sought})
 
 
 def _held_out(config: NextSteps, procedures: Procedures, size: int) -> list[int]:
@@ -150,13 +141,14 @@ def _a_step(config: NextSteps, procedures: Procedures, index: int, place: int, o
     return steps[int(drawn.integers(len(steps)))]
 
 
-def _rows(found: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+def _rows(found: Mapping[str, Tensor], measures: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Means over procedures; out of order only over those in which something could be out of order."""
     rows = []
     reordered = found["reordered"]
     for place, name in enumerate((_MODEL, _SHUFFLED, _COPY)):
         counted = reordered if name == _SHUFFLED and reordered.any() else torch.ones_like(reordered)
         row: dict[str, Any] = {"image": name}
-        for key, title in {**_MEASURES, "among_others": "among others", "among_own": "among own"}.items():
+        for key, title in measures.items():
             row[title] = found[key][counted, place].mean().item()
         rows.append(row)
     return rows
@@ -171,4 +163,4 @@ def _show(config: NextSteps, run: StageRun, sampler: Sampler, procedures: Proced
         following = min(config.num_images, len(steps) - before)
         made = _next(config, sampler, steps[None, :before], [place], before, following)[0]
         rows.append([steps[:before], made, steps[before : before + following]])
-    run.picture("Preceding steps, generated ones, and the true ones", write_grid(run.out / "steps.png", rows))
+    run.picture("Preceding steps, generated ones, and the true ones", write_grid(run.out / "steps", rows))

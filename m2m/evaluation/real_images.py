@@ -63,9 +63,13 @@ def evaluate_real_images(config: RealImages, run: StageRun) -> None:
         wanted = range(0, len(drawn), config.sets_per_category)[: config.shown]
         run.picture(
             f"{name}: {config.preceding} photographs, then {config.num_images} generated images",
-            write_grid(run.out / f"{name}.png", [[preceding[i], found["pictures"][i]] for i in wanted]),
+            write_grid(run.out / name, [[preceding[i], found["pictures"][i]] for i in wanted]),
         )
-    run.table("Likeness of images to photographs", rows)
+    for key in looks:
+        prefix = f"{key}: "
+        columns = [column for column in rows[0] if column.startswith(prefix)]
+        told = [{"images": row["images"]} | {c.removeprefix(prefix): row[c] for c in columns} for row in rows]
+        run.table(f"Likeness to photographs by {key}", told)
     for row in rows[1:]:
         short = str(row["images"]).removeprefix("M2M-").lower()
         run.figure(

@@ -58,7 +58,7 @@ def evaluate_rollouts(config: Rollouts, run: StageRun) -> None:
         before = sets.stack(chosen[: len(shown)], range(config.preceding))
         run.picture(
             f"{name}: {config.preceding} preceding images, then a sequence of {config.num_images}",
-            write_grid(run.out / f"{name}.png", [[a, b] for a, b in zip(before, shown)], smallest=64),
+            write_grid(run.out / name, [[a, b] for a, b in zip(before, shown)]),
         )
     _tell(config, run, curves, count)
 

@@ -90,7 +90,7 @@ def evaluate_table_1(config: Table1, run: StageRun) -> None:
         found[name] = _scores(config, truth, generated)
         shown = generated["pictures"][: config.shown]
         preceding = sets.stack(chosen[: len(shown)], range(config.preceding))
-        path = write_grid(run.out / f"{name}.png", [[a, b] for a, b in zip(preceding, shown)])
+        path = write_grid(run.out / name, [[a, b] for a, b in zip(preceding, shown)])
         run.picture(f"{name}: {config.preceding} preceding images, then {config.num_images} generated ones", path)
     own = {key.removeprefix("own_"): value for key, value in truth.items() if key.startswith("own_")}
     if own["features"].shape[1]:

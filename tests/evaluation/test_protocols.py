@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchmetrics.multimodal import CLIPScore
 from transformers import CLIPModel, CLIPTokenizer
 
@@ -145,13 +146,18 @@ def test_inception_is_known_by_its_hash(tmp_path, monkeypatch):
 def test_a_grid_is_the_same_bytes_and_keeps_its_pictures(tmp_path):
     pictures = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
     rows = [[pictures[:2], pictures[2:]], [pictures[:1], pictures[:0]]]
-    first, second = (write_grid(tmp_path / name, rows).read_bytes() for name in ("a.png", "b.png"))
-    assert first == second
-    from PIL import Image
-
+    first, second = (write_grid(tmp_path / name, rows) for name in ("a", "b"))
+    assert first.name == "a.png" and first.read_bytes() == second.read_bytes()
     sheet = torch.from_numpy(np.array(Image.open(tmp_path / "a.png")))
-    top = sheet[4 : 4 + 96, 4 : 4 + 96].permute(2, 0, 1)
-    assert torch.equal(top[:, ::6, ::6], pictures[0])
+    top = sheet[2 : 2 + 64, 2 : 2 + 64].permute(2, 0, 1)
+    assert torch.equal(top[:, ::4, ::4], pictures[0])
+
+
+def test_a_grid_of_large_pictures_is_made_smaller(tmp_path):
+    rows = [[torch.full((1, 3, 512, 512), 90, dtype=torch.uint8)]]
+    with Image.open(write_grid(tmp_path / "large", rows)) as sheet:
+        assert sheet.format == "JPEG" and 256 <= min(sheet.size) <= max(sheet.size) < 300
+        assert sheet.getpixel((128, 128)) == pytest.approx((90, 90, 90), abs=2)
 
 
 def test_pictures_of_the_right_size_are_left_alone():
