@@ -147,6 +147,7 @@ def conditioned_pipeline(base: Path, condition: str, seed: int) -> ManyToManyPip
     found = ManyToManyPipeline.from_pretrained(base)
     for frozen in (found.vae, found.image_encoder):
         frozen.eval().requires_grad_(False)
+    found.unet.float()  # shipped weights may be of half precision
     own = {key: value for key, value in found.config.items() if key not in found.components and key[0] != "_"}
     return ManyToManyPipeline(**found.components | {"unet": found.unet.add_condition(condition, seed)}, **own)
 

@@ -38,7 +38,7 @@ def continued_unet(folder: Path, variant: str, feature_dim: int | None, own: Map
     for name, value in own.items():
         if config.get(name) != value:
             raise ConfigError(f"{folder} was trained with {name}={config.get(name)}; {name}={value} was asked for")
-    unet = ManyToManyUNet.from_pretrained(folder / "unet")
+    unet = ManyToManyUNet.from_pretrained(folder / "unet").float()  # shipped weights may be of half precision
     if variant == "dino" and unet.feature_dim != feature_dim:
         raise ConfigError(f"{folder} reads features of width {unet.feature_dim}; the image encoder's are {feature_dim}")
     return unet

@@ -1,6 +1,7 @@
 """The loop: exact resume under faults, sums over micro-batches, averaged weights, stops that say why."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ def assert_equal_training(out: Path, unet, uninterrupted) -> None:
         assert torch.equal(tensor, weights[name]), name
 
 
-@pytest.mark.parametrize("reads", [1, 6, 13, 14, 30, 47])
+@pytest.mark.parametrize("reads", [1, 13, 14, 46])
 def test_an_interrupted_and_resumed_training_is_the_uninterrupted_one(tmp_path, reads, uninterrupted):
     with pytest.raises(KeyboardInterrupt):
         toy_training(tmp_path, ToySets(fatal_reads=reads))
@@ -39,15 +40,35 @@ def test_an_interrupted_and_resumed_training_is_the_uninterrupted_one(tmp_path, 
     assert_equal_training(tmp_path, unet, uninterrupted)
 
 
-def test_a_killed_training_and_one_asked_to_stop_go_on_exactly(tmp_path, uninterrupted):
-    argv = [sys.executable, "-m", "tests.training.toy", str(tmp_path)]
-    done = subprocess.run(argv, cwd=ROOT, timeout=120, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(-signal.SIGKILL), str(STOPPED)]
-    newest = checkpoints.load_newest(tmp_path / "checkpoints", "toy", print)
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """A folder with a training that was killed and then asked to stop, and one of two processes; how they ended."""
+    folder = tmp_path_factory.mktemp("processes")
+    argv = [sys.executable, "-m", "tests.training.toy", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(argv, cwd=ROOT, env=environment, timeout=240, stdout=subprocess.PIPE, text=True, check=True)
+    return folder, [int(code) for code in done.stdout.split()[-4:]]
+
+
+def test_a_killed_training_and_one_asked_to_stop_go_on_exactly(processes, uninterrupted):
+    folder, codes = processes
+    assert codes[:2] == [-signal.SIGKILL, STOPPED]
+    newest = checkpoints.load_newest(folder / "faults" / "checkpoints", "toy", print)
     # killed at step 6 after the checkpoint of step 3; then step 4 was the one in progress
     assert newest is not None and newest.step == 4
-    unet, _ = toy_training(tmp_path)
-    assert_equal_training(tmp_path, unet, uninterrupted)
+    unet, _ = toy_training(folder / "faults")
+    assert_equal_training(folder / "faults", unet, uninterrupted)
+
+
+def test_two_processes_train_as_one(processes, uninterrupted):
+    folder, codes = processes
+    assert codes[2:] == [0, 0]
+    log = [json.loads(line) for line in (folder / "two" / LOG).read_text().splitlines()]
+    reference = [json.loads(line) for line in uninterrupted[1].splitlines()]
+    assert [line["step"] for line in log] == [line["step"] for line in reference]
+    for line, other in zip(log[:4], reference):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-3)
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-2)
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(tmp_path, uninterrupted, capsys):
@@ -86,7 +107,7 @@ def test_the_log_has_every_step_once_and_no_times(uninterrupted):
     assert all(line["lr"] == 1e-3 for line in lines)
 
 
-@pytest.mark.parametrize("micro", [1, 3, 4])
+@pytest.mark.parametrize("micro", [1, 3])
 def test_the_result_does_not_depend_on_the_micro_batch(tmp_path, micro, uninterrupted):
     _, log = toy_training(tmp_path, micro_batch=micro, steps=3)
     reference = [json.loads(line) for line in uninterrupted[1].splitlines()]
@@ -123,7 +144,7 @@ def test_the_exported_weights_are_the_average(tmp_path):
 
 
 def test_the_loss_falls(tmp_path):
-    _, log = toy_training(tmp_path, ToySets(features=True), epochs=25, learning_rate=3e-3, batch=12, micro_batch=12)
+    _, log = toy_training(tmp_path, ToySets(features=True), epochs=20, learning_rate=3e-3, batch=12, micro_batch=12)
     assert log[-1].smoothed < 0.7 * log[0].loss
 
 

@@ -10,7 +10,8 @@ from m2m.artifacts import record_files
 from m2m.errors import ArtifactError, ConfigError, InputError
 from m2m.pipelines.many_to_many import load_pipeline
 from m2m.training.pretrain import MisSets, Pretrain, pretrain
-from m2m.training.starting import check_start
+from m2m.training.starting import check_start, continued_unet, origin
+from tests.training.toy import toy_unet
 
 
 @pytest.fixture
@@ -70,11 +71,18 @@ def test_training_can_start_from_a_trained_folder_of_its_variant(settings, start
     pretrain(settings(init_from=str(first.out), epochs=1), run)
     before, after = first.summary["figures"], run.summary["figures"]
     assert after["validation_loss_before"] == pytest.approx(before["validation_loss_after"], rel=1e-4)
-    assert after["started_from"] == str(first.out)
+    assert after["started_from"] == "first", "the folder as seen from the project's root"
     with pytest.raises(ArtifactError, match=r"made by M2M-Self.*dino was asked for"):
         pretrain(settings(init_from=str(first.out)), start_run("pretrain@dino", {"sets": image_sets}, "third"))
     with pytest.raises(ConfigError, match="trained with clean_timestep=0; clean_timestep=5"):
         pretrain(settings(init_from=str(first.out), clean_timestep=5), run)
+
+
+def test_a_shipped_u_net_of_half_precision_is_trained_in_full(tmp_path):
+    toy_unet().half().save_pretrained(tmp_path / "unet")
+    (tmp_path / "made_by.json").write_text(json.dumps({"command": "make m2m"}))
+    assert {weight.dtype for weight in continued_unet(tmp_path, "self", None, {}).parameters()} == {torch.float32}
+    assert origin(str(tmp_path), tmp_path, tmp_path.parent) == f"{tmp_path.name}, made by: make m2m"
 
 
 def test_no_trained_model_to_start_from_is_said(tmp_path):

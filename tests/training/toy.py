@@ -5,7 +5,9 @@ Run as a module it trains in processes that are really killed.
 
 import os
 import signal
+import socket
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -115,19 +117,42 @@ class Signalled(ToySets):
         os.kill(os.getpid(), self.number)
 
 
-def ended(out: Path, reads: int, number: signal.Signals) -> int:
-    """Train in a process of its own that gets the signal at that read; how it ended (negative: the signal)."""
+def ended(out: Path, data: ToySets, **environment: str) -> int:
+    """Train in a process of its own, and wait: how it ended (negative: by that signal)."""
+    return waited(started(out, data, **environment))
+
+
+def started(out: Path, data: ToySets, **environment: str) -> int:
+    """Train in a process of its own; its id."""
     child = os.fork()
     if child == 0:
+        os.environ.update(environment)
         try:
-            toy_training(out, Signalled(reads, number))
+            toy_training(out, data)
         except SystemExit as stop:
             os._exit(int(str(stop.code)))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
         os._exit(0)
+    return child
+
+
+def waited(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
 if __name__ == "__main__":
-    # imports take seconds and forks none: both faults in one program, before torch has threads that a fork would lose
+    # imports take seconds and forks none: all of it in one program, before torch has threads that a fork would lose
     folder = Path(sys.argv[1])
-    print(ended(folder, 22, signal.SIGKILL), ended(folder, 3, signal.SIGTERM))
+    faults = [(22, signal.SIGKILL), (3, signal.SIGTERM)]
+    codes = [ended(folder / "faults", Signalled(*fault)) for fault in faults]
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    pair = [started(folder / "two", ToySets(), RANK=rank, LOCAL_RANK=rank, **group) for rank in ("0", "1")]
+    print(*codes, *map(waited, pair))
