@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from m2m.errors import ConfigError, InputError
 
 FORMAT_VERSION = 1
 """Of a saved U-Net: counted up when the meaning of its config or the names of its tensors change."""
 _CONFIG = "config.json"
+_ALIGNMENT = 64  # bytes; of everything that torch allocates on the CPU
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -48,6 +50,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+def realigned(module: nn.Module) -> None:
+    """Move weights that a file put at odd addresses to where torch would have put them, in place.
+
+    A safetensors file is mapped into memory with its tensors at any offset. CPU kernels sum in another order at other
+    alignments, so that a loaded model would differ in the last bits from the one that was saved.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def check_saved_unet(model: type, folder: Path) -> None:

@@ -9,12 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from transformers import Dinov2Model
 
 from m2m.config import Compute, is_hub_id, resolve
 from m2m.errors import InputError
-from m2m.models.saved import read_json
+from m2m.models.saved import read_json, realigned
 
 _NOT_WANTED = ("*.fp16.*", "*.non_ema.*", "*.bin", "*.ckpt", "*.msgpack", "*.onnx")
 
@@ -138,7 +145,11 @@ def _part(source: str | Path, root: Path | None, part: str) -> Path:
 
 def _load(model: Any, folder: Path, **kwargs: Any) -> Any:
     try:
-        return model.from_pretrained(folder, use_safetensors=True, local_files_only=True, **kwargs)
+        loaded = model.from_pretrained(folder, use_safetensors=True, local_files_only=True, **kwargs)
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{folder}: can't be loaded as {model.__name__}: {first}") from None
+    for part in loaded.components.values() if isinstance(loaded, DiffusionPipeline) else [loaded]:
+        if isinstance(part, torch.nn.Module):
+            realigned(part)
+    return loaded

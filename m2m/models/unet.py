@@ -19,7 +19,7 @@ from m2m.models.conditions import ConditionEmbedder
 from m2m.models.context import Context
 from m2m.models.image_set_attention import FromContexts, ImageSetAttention, Reading, Recording, WholeSets
 from m2m.models.origin import Origin, many_to_many_config, model_from, new_model
-from m2m.models.saved import FORMAT_VERSION, check_saved_unet, config_keys
+from m2m.models.saved import FORMAT_VERSION, check_saved_unet, config_keys, realigned
 
 VARIANTS = {"self": "M2M-Self", "dino": "M2M-DINO"}
 Variant = Literal["self", "dino"]
@@ -297,7 +297,10 @@ class ManyToManyUNet(UNet2DConditionModel):
         if folder.is_dir():
             check_saved_unet(cls, folder)
         kwargs["use_safetensors"] = True  # pickles can run code
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[return-value]
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if isinstance(loaded, ManyToManyUNet):  # not where output_loading_info is asked for
+            realigned(loaded)
+        return loaded  # type: ignore[return-value]
 
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:

@@ -19,7 +19,7 @@ from m2m.config import Compute
 from m2m.errors import ArtifactError, ConfigError, InputError
 from m2m.generation.features import dino_preprocess
 from m2m.models.autoencoder import decode_latents, encode_images, pixels_per_latent
-from m2m.models.saved import read_json
+from m2m.models.saved import read_json, realigned
 from m2m.models.text_to_image import start_compute, torch_dtype
 from m2m.models.unet import VARIANTS, ManyToManyUNet
 from m2m.pipelines.arguments import Generators, count_sets, image_size, initial_noise, paired_conditions
@@ -89,6 +89,10 @@ class ManyToManyPipeline(DiffusionPipeline):
                 f"the autoencoder has {vae.config['latent_channels']} latent channels, "
                 f"the U-Net {unet.config['in_channels']}"
             )
+        # never trained, and the same bits everywhere: some CPU kernels are chosen by requires_grad, even under no_grad
+        for frozen in (vae, image_encoder):
+            if frozen is not None:
+                frozen.requires_grad_(False)
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler, image_encoder=image_encoder)
         self.register_to_config(
             feature_size=feature_size,
@@ -151,7 +155,8 @@ class ManyToManyPipeline(DiffusionPipeline):
         if images is not None and preceding is not None:
             raise InputError("give either images or what was encoded of them (preceding), not both")
         device, scale = self._execution_device, pixels_per_latent(self.vae)
-        size = image_size(scale, self.unet.config["sample_size"], images, latents, height, width)
+        sized = preceding if latents is None and self.unet.variant == "self" else latents
+        size = image_size(scale, self.unet.config["sample_size"], images, sized, height, width)
         if preceding is not None:
             sets = list(preceding.to(device, self.unet.dtype))
         elif images is not None:
@@ -221,7 +226,11 @@ class ManyToManyPipeline(DiffusionPipeline):
         if Path(pretrained_model_name_or_path).is_dir():
             _check_saved_pipeline(Path(pretrained_model_name_or_path))
         kwargs["use_safetensors"] = True  # pickles can run code
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[return-value]
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        for part in loaded.components.values():
+            if isinstance(part, torch.nn.Module):
+                realigned(part)
+        return loaded  # type: ignore[return-value]
 
     # --- one group of sets with equally many preceding images ---------------------------------------------------
 
@@ -337,7 +346,7 @@ def load_pipeline(folder: str | Path, variant: str | None = None, compute: Compu
     pipeline = ManyToManyPipeline.from_pretrained(folder, dtype=torch_dtype(compute))
     for part in (pipeline.vae, pipeline.unet, pipeline.image_encoder):
         if part is not None:
-            part.eval().requires_grad_(False)
+            part.eval()
     return pipeline.to(device)
 
 

@@ -85,7 +85,7 @@ def test_parts_that_do_not_belong_together_are_refused(make_pipeline):
 def arguments(*given) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     generate_cli.add_arguments(parser)
-    return parser.parse_args([str(value) for value in given])
+    return parser.parse_args([*(str(value) for value in given), "--threads", "1"])
 
 
 def test_the_command_makes_images_of_images(folder, tmp_path, capsys):
