@@ -1,6 +1,6 @@
 """The only entry point: what Dagster loads (`-m orchestration.definitions`).
 
-Belongs here: putting assets, jobs, schedules and resources together. Not here: any of them.
+Belongs here: putting assets, jobs, schedules, sensors and resources together. Not here: any of them.
 """
 
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from assets_defs import captions, evaluation, features, finetuning, image_sets, 
 from orchestration.jobs import JOBS
 from orchestration.launchers.local import LocalLauncher
 from orchestration.schedules import SCHEDULES
+from orchestration.sensors import SENSORS
 
 
 def build_defs(*, resource_overrides: Mapping[str, Any] | None = None) -> dg.Definitions:
@@ -24,6 +25,7 @@ def build_defs(*, resource_overrides: Mapping[str, Any] | None = None) -> dg.Def
         assets=dg.load_assets_from_modules([captions, image_sets, features, pretraining, finetuning, evaluation]),
         jobs=JOBS,
         schedules=SCHEDULES,
+        sensors=SENSORS,
         resources={"launcher": LocalLauncher(), **(resource_overrides or {})},
         executor=dg.in_process_executor,  # a step only waits for the process that does its work
     )

@@ -24,6 +24,7 @@ from m2m.config import project_root
 from m2m.stages import Stage
 from orchestration.launchers import die_with_parent
 from orchestration.launchers.outcome import results, stage_arguments
+from orchestration.launchers.process_mark import RUN_TAG, this_process
 
 _LINES_KEPT = 40
 
@@ -44,6 +45,7 @@ class LocalLauncher(dg.ConfigurableResource):
         command = [*self.command, *stage_arguments(stage, PROFILE, launch, shards)]
         said = " ".join(["python", *command[1:]])
         context.log.info(f"{stage.key}: {said}")
+        context.instance.add_run_tags(context.run.run_id, {RUN_TAG: this_process()})
         started = time.monotonic()
         with open_pipes_session(
             context=context,

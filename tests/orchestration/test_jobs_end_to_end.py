@@ -13,6 +13,7 @@ import dagster as dg
 import pytest
 
 from m2m.stages import STAGES
+from orchestration.sensors import fail_lost_runs
 
 
 def execute(ground, job: str, **config) -> subprocess.Popen[bytes]:
@@ -79,6 +80,10 @@ def start_and_strike(ground, how: signal.Signals) -> int:
 def test_a_stage_dies_with_dagster_and_the_next_run_goes_on(ground):
     stage = start_and_strike(ground, signal.SIGKILL)
     wait_for(lambda: not is_running(stage), 10)
+    with dg.DagsterInstance.from_config(str(ground.folder / "dagster")) as instance:
+        (run,) = instance.get_runs()
+        assert run.status == dg.DagsterRunStatus.STARTED
+        assert fail_lost_runs(instance) == [run.run_id] and fail_lost_runs(instance) == []
     before = manifests(ground)
     assert set(before) == {"filter-captions/manifest.json"}
     assert execute(ground, "data_job").wait() == 0
