@@ -63,6 +63,7 @@ class CacheFeatures(StageConfig):
     )
     images_per_set: int = Field(default=5, ge=2, description="N; the last image is no context. Paper: 5 (Self)")
     choice_seed: int = Field(default=0, ge=0, description="which N of a set's images; pretrain must have the same")
+    sets: int | None = Field(default=None, ge=1, description="the first so many training sets; paper: 6M (DINO)")
     splits: tuple[Split, ...] = Field(default=("train", "validation"), description="whose sets are encoded")
     storage: Literal["fp16", "int8"] = Field(default="fp16", description="int8: a scale a token, half the size")
     sets_per_batch: int = Field(default=4, ge=1, description="sets that are encoded at a time")
@@ -101,8 +102,10 @@ def cache_features(config: CacheFeatures, run: StageRun) -> None:
             f"{folder} holds latents only: give cache-features text_to_image, whose VAE decodes them, or make the sets "
             "with pictures (generate-sets store_images=png)"
         )
-    settings = settings_of(config, run, without=("max_failed", *(["text_to_image"] if index.pictures else [])))
-    places = _places(folder, config.splits)
+    settings = settings_of(
+        config, run, without=("max_failed", "sets", "splits", *(["text_to_image"] if index.pictures else []))
+    )
+    places = _places(folder, config.splits, config.sets)
 
     def planned() -> Iterator[PlannedShard[dict[int, str]]]:
         for number in range(index.shards):
@@ -238,12 +241,13 @@ def stored(features: Tensor, storage: str) -> dict[str, bytes]:
     return {FEATURES: npy_bytes(whole.numpy()), SCALES: npy_bytes(scales.numpy())}
 
 
-def _places(folder: Path, splits: Sequence[str]) -> dict[int, dict[int, str]]:
+def _places(folder: Path, splits: Sequence[str], training_sets: int | None) -> dict[int, dict[int, str]]:
     """Of each shard the positions of the sets that are encoded, with their splits."""
     places: dict[int, dict[int, str]] = {}
     for split in splits:
         table = SetTable(folder, split)
-        for shard, position in zip(table.shards.tolist(), table.positions.tolist()):
+        most = training_sets if split == "train" else None
+        for shard, position in zip(table.shards[:most].tolist(), table.positions[:most].tolist()):
             places.setdefault(shard, {})[position] = split
     return places
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,20 +26,24 @@ def text_to_image(tmp_path_factory) -> Path:
     letters = [chr(code) for code in range(33, 127)]
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    ends = {"bos_token_id": len(tokens) - 2, "eos_token_id": len(tokens) - 1, "pad_token_id": len(tokens) - 1}
+    sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    ends: dict[str, Any] = {
+        "bos_token_id": len(tokens) - 2,
+        "eos_token_id": len(tokens) - 1,
+        "pad_token_id": len(tokens) - 1,
+    }
     text_encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokens), projection_dim=8, **sizes, **ends))
     word = tokenizer(UNMAKEABLE, add_special_tokens=False)["input_ids"]
     text_encoder.get_input_embeddings().weight.data[word] = float("nan")
+    levels: dict[str, Any] = {
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
+    optional: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    scheduler: Any = PNDMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1)
     pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            layers_per_block=1,
-            norm_num_groups=4,
-            latent_channels=4,
-        ),
+        vae=AutoencoderKL(layers_per_block=1, norm_num_groups=4, latent_channels=4, **levels),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=UNet2DConditionModel(
@@ -51,10 +56,8 @@ def text_to_image(tmp_path_factory) -> Path:
             attention_head_dim=2,
             cross_attention_dim=8,
         ),
-        scheduler=PNDMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        scheduler=scheduler,
+        **optional,
     )
     pipeline.save_pretrained(folder)
     return folder

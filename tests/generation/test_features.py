@@ -93,6 +93,15 @@ def test_shards_are_made_one_by_one_and_alike(make_profile, tmp_path, monkeypatc
     assert tree(run(path, shards=[0]).folder) == whole
 
 
+def test_features_of_the_first_training_sets_alone(make_profile):
+    captions = ["a", "b", "c", "d", "e", "f"]
+    outcome = run(make_profile(captions, shards=3, store_images="png", features={"sets": 2}))
+    sets = ImageSets(outcome.folder.parent / "generate-sets", "train")
+    found = TrainingSets(outcome.folder.parent / "generate-sets", "train", 3, 0, outcome.folder)
+    assert len(sets) > len(found) == 2
+    assert [found[i]["latents"].tolist() for i in (0, 1)] == [sets.latents(i, found.images(i)).tolist() for i in (0, 1)]
+
+
 def test_what_does_not_fit_is_refused(make_profile, tmp_path):
     with pytest.raises(InputError, match=r"images_per_set is 4; sets hold 3 images"):
         run(make_profile(features={"images_per_set": 4}))

@@ -215,7 +215,7 @@ def test_two_workers_share_the_shards(make_profile, forks, tmp_path, monkeypatch
 
 
 def test_the_shards_are_readable_by_webdataset(make_profile):
-    import webdataset
+    import webdataset.compat as webdataset
 
     outcome = run(make_profile(store_images="png"))
     urls = [str(outcome.folder / "shards" / f"0000{i}.tar") for i in (0, 1)]
