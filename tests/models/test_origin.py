@@ -22,6 +22,7 @@ def test_every_tensor_is_copied_or_new(text_to_image, variant, condition):
     assert len(attention) == 7 * 5  # seven transformer blocks; q, k, v, weight and bias of the output
     for name in attention:  # torch's initialisation of a linear layer: uniform in +-1/sqrt(inputs)
         owner = made.get_submodule(name.rpartition(".")[0])
+        assert isinstance(owner, torch.nn.Linear)
         bound = owner.in_features**-0.5
         assert state[name].abs().max() <= bound
         if state[name].ndim == 2:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,23 +27,32 @@ from m2m.models.text_to_image import (
 
 VOCABULARY = Path(m2m.data.__file__).parent / "clip_tokenizer"
 
+SCHEDULE: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+}
+SMALL_VAE: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "block_out_channels": (8, 8),
+    "norm_num_groups": 4,
+}
+
 
 @pytest.fixture(scope="module")
 def folder(text_to_image, tmp_path_factory) -> Path:
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-    )
+    vae = AutoencoderKL(**SMALL_VAE)
     text = CLIPTextConfig(hidden_size=12, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(text),
         tokenizer=CLIPTokenizer.from_pretrained(VOCABULARY),
         unet=text_to_image,
-        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        scheduler=EulerDiscreteScheduler(**SCHEDULE),  # type: ignore[arg-type]
         safety_checker=None,  # type: ignore[arg-type]
         feature_extractor=None,  # type: ignore[arg-type]
         requires_safety_checker=False,
@@ -53,7 +63,7 @@ def folder(text_to_image, tmp_path_factory) -> Path:
 
 
 def test_a_whole_pipeline_is_loaded_without_a_safety_checker(folder):
-    pipeline = load_text_to_image(folder, compute=Compute(threads=1))
+    pipeline: Any = load_text_to_image(folder, compute=Compute(threads=1))
     assert pipeline.safety_checker is None
     made = pipeline("a cat", num_inference_steps=1, output_type="latent", generator=torch.Generator().manual_seed(0))
     assert made.images.shape == (1, 4, 8, 8)
@@ -69,7 +79,7 @@ def test_parts_are_loaded_alone(folder, text_to_image):
 
 
 def test_ddim_keeps_the_noise_schedule_and_clips_nothing(folder):
-    euler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    euler = EulerDiscreteScheduler(**SCHEDULE)
     for ddim in (load_ddim(folder), as_ddim(euler)):
         assert torch.equal(ddim.alphas_cumprod, euler.alphas_cumprod)
         assert not ddim.config["clip_sample"] and not ddim.config["set_alpha_to_one"]
@@ -77,7 +87,7 @@ def test_ddim_keeps_the_noise_schedule_and_clips_nothing(folder):
 
 @torch.no_grad()
 def test_latents_are_the_scaled_mode_of_the_posterior(folder):
-    vae = load_vae(folder)
+    vae: Any = load_vae(folder)
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     latents = encode_images(vae, images)
     torch.testing.assert_close(latents, vae.encode(images * 2 - 1).latent_dist.mean * 0.18215)
@@ -111,4 +121,4 @@ def test_what_is_not_there_is_named(folder, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_missing_device_is_named():
     with pytest.raises(InputError, match=r"compute\.device is cuda"):
-        start_compute(Compute(device="cuda"))
+        start_compute(Compute(device="cuda", threads=1))

@@ -1,6 +1,7 @@
 """The U-Net's promises: one training pass is N inferences, contexts are cached exactly, dropped is empty."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from m2m.models.unet import ManyToManyUNet
 
 VARIANTS = ("self", "dino")
 CONDITIONS = (None, "camera", "position")
-EXACT = {"atol": 2e-5, "rtol": 0}
+EXACT: dict[str, Any] = {"atol": 2e-5, "rtol": 0}
 
 
 def read_of(given: dict) -> torch.Tensor:
@@ -72,7 +73,7 @@ def test_a_cached_context_is_the_joint_pass_over_ten_steps(make_unet, make_sets,
     context = unet.encode_context(read)
     ends = []
     for cached in (True, False):
-        scheduler = DDIMScheduler(clip_sample=False)
+        scheduler: Any = DDIMScheduler(clip_sample=False)
         scheduler.set_timesteps(10)
         latents = given["noisy"][:, 0]
         for t in scheduler.timesteps:
@@ -250,18 +251,19 @@ def test_it_learns(make_unet, make_sets):
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_tiny_text_to_image_model_can_be_the_start(variant):
-    tiny = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=16,
-        out_channels=16,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(64, 128),
-        layers_per_block=1,
-        attention_head_dim=(2, 4),
-        cross_attention_dim=64,
-        use_linear_projection=True,
-    )
+    config: dict[str, Any] = {
+        "sample_size": 8,
+        "in_channels": 16,
+        "out_channels": 16,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "block_out_channels": (64, 128),
+        "layers_per_block": 1,
+        "attention_head_dim": (2, 4),
+        "cross_attention_dim": 64,
+        "use_linear_projection": True,
+    }
+    tiny = UNet2DConditionModel(**config)
     unet = ManyToManyUNet.from_text_to_image(tiny, variant, feature_dim=96)
     read = torch.randn(1, 2, *((16, 8, 8) if variant == "self" else (65, 96)))
     key = "clean" if variant == "self" else "features"

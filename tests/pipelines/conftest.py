@@ -13,6 +13,24 @@ from m2m.models.conditions import ConditionEmbedder
 from m2m.models.unet import ManyToManyUNet
 from m2m.pipelines.many_to_many import ManyToManyPipeline
 
+SMALL_UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "layers_per_block": 1,
+    "block_out_channels": (16, 32),
+    "attention_head_dim": (2, 4),
+    "norm_num_groups": 8,
+    "cross_attention_dim": 12,
+    "use_linear_projection": True,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+}
+SMALL_VAE: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "block_out_channels": (8, 8),
+    "norm_num_groups": 4,
+}
+
 
 @pytest.fixture(autouse=True)
 def _one_thread():
@@ -26,23 +44,8 @@ def _one_thread():
 def make_pipeline() -> Callable[..., ManyToManyPipeline]:
     def make(variant: str = "self", condition: str | None = None, **own: Any) -> ManyToManyPipeline:
         torch.manual_seed(0)
-        text_to_image = UNet2DConditionModel(
-            sample_size=8,
-            layers_per_block=1,
-            block_out_channels=(16, 32),
-            attention_head_dim=(2, 4),
-            norm_num_groups=8,
-            cross_attention_dim=12,
-            use_linear_projection=True,
-            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        )
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 8),
-            norm_num_groups=4,
-        )
+        text_to_image = UNet2DConditionModel(**SMALL_UNET)
+        vae = AutoencoderKL(**SMALL_VAE)
         dino = Dinov2Model(
             Dinov2Config(image_size=16, patch_size=8, hidden_size=20, num_hidden_layers=1, num_attention_heads=2)
         )

@@ -1,13 +1,15 @@
 """Promises of the pipeline: exact autoregression, every image encoded once, any number of preceding images."""
 
+from typing import Any
+
 import pytest
 import torch
 from PIL import Image
 
 from m2m.errors import InputError
 
-STEPS = {"num_inference_steps": 3}
-EXACT = {"atol": 5e-5, "rtol": 1e-4}
+STEPS: dict[str, Any] = {"num_inference_steps": 3}
+EXACT: dict[str, Any] = {"atol": 5e-5, "rtol": 1e-4}
 
 
 def latents(pipeline, *args, **kwargs) -> torch.Tensor:

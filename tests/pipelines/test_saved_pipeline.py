@@ -21,7 +21,7 @@ def folder(make_pipeline, tmp_path):
     return tmp_path
 
 
-def sample(pipeline, images):
+def sample(pipeline, images) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     return pipeline(images, 2, num_inference_steps=2, generator=generator, output_type="latent").images
