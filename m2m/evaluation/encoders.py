@@ -131,10 +131,11 @@ class InceptionBackbone:
 
     name = "inception-v3"
 
-    def __init__(self, weights: Path | None, compute: Compute) -> None:
+    def __init__(self, weights: Path | None, features: int, compute: Compute) -> None:
         """
         Args:
             weights: `pt_inception-2015-12-05-6726825d.pth`; downloaded where none is given.
+            features: the layer that is looked at: 64, 192, 768 or 2048.
 
         Raises:
             ConfigError: torch-fidelity is not installed.
@@ -149,14 +150,14 @@ class InceptionBackbone:
             ) from None
         self._model = inception.FeatureExtractorInceptionV3(
             "inception-v3-compat",
-            ["2048", "logits_unbiased"],
+            [str(features), "logits_unbiased"],
             feature_extractor_weights_path=str(inception_weights(weights, inception.URL_INCEPTION_V3)),
         ).to(start_compute(compute))
         self._device = compute.device
 
     @torch.inference_mode()
     def __call__(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 (n, 3, H, W) -> features (n, 2048) and logits (n, 1008) on the CPU; resized without antialiasing."""
+        """uint8 (n, 3, H, W) -> features (n, D) and logits (n, 1008) on the CPU; resized without antialiasing."""
         features, logits = self._model(pictures.to(self._device))
         return features.cpu(), logits.cpu()
 

@@ -51,9 +51,13 @@ class Table1(EvaluationConfig):
     inception: Annotated[str | None, Source()] = Field(
         None, description="the backbone's weights: the classifier's folder, or torch-fidelity's file"
     )
+    inception_features: Literal[64, 192, 768, 2048] = Field(
+        2048, description="layer of inception-v3; FID needs more sets than features. Another than 2048 is another FID"
+    )
     is_splits: int = Field(1, ge=1, description="parts over which IS is averaged; the paper does not say (often 10)")
 
     def preview(self, root: Path, variant: str | None) -> list[str]:
+        self.require_enough_sets()
         missing = self.backbone == "inception-v3" and importlib.util.find_spec("torch_fidelity") is None
         return [
             *super().preview(root, variant),
@@ -61,6 +65,18 @@ class Table1(EvaluationConfig):
             f"{self.sets:,} sets, {self.num_images} images after {self.preceding}, two models: "
             f"{self.sets * self.num_images * 2:,} images",
         ]
+
+    def require_enough_sets(self) -> None:
+        """FID of few samples says more about their number than about the pictures.
+
+        Raises:
+            ConfigError: not more sets than Inception's layer has features.
+        """
+        if self.backbone == "inception-v3" and self.sets <= self.inception_features:
+            raise ConfigError(
+                f"evaluate.sets is {self.sets}, but FID of inception-v3's {self.inception_features} features needs "
+                f"{self.inception_features + 1} or more: raise sets, or take a layer with fewer (inception_features)"
+            )
 
 
 def evaluate_table_1(config: Table1, run: StageRun) -> None:
@@ -103,7 +119,9 @@ def _open_backbone(config: Table1, run: StageRun) -> Backbone:
         if not config.inception:
             raise ConfigError("evaluate.inception is missing: backbone classifier needs the classifier's folder")
         return ClassifierBackbone(config.inception, run.profile.root, config.compute)
-    return InceptionBackbone(run.source(config.inception) if config.inception else None, config.compute)
+    config.require_enough_sets()
+    weights = run.source(config.inception) if config.inception else None
+    return InceptionBackbone(weights, config.inception_features, config.compute)
 
 
 def _look_at_sets(

@@ -50,6 +50,16 @@ UNET: dict[str, Any] = {
 }
 
 
+VAE: dict[str, Any] = {
+    "block_out_channels": (4, 8),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "latent_channels": 4,
+    "norm_num_groups": 2,
+    "sample_size": SIDE,
+}
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     before = torch.get_num_threads()
@@ -111,15 +121,8 @@ def evaluate(small_world: SmallWorld, tmp_path: Path) -> Callable[..., StageRun]
 
 
 def _save_models(root: Path) -> None:
-    vae = AutoencoderKL(
-        block_out_channels=(4, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=2,
-        sample_size=SIDE,
-    )
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vae = AutoencoderKL(**VAE)
+    sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     dino = Dinov2Model(Dinov2Config(**sizes, image_size=14, patch_size=7))
     dino.save_pretrained(root / "dino")
     clip = CLIPModel(
@@ -134,11 +137,12 @@ def _save_models(root: Path) -> None:
     tokenizer.save_pretrained(root / "clip")
     Classifier(width=8, features=FEATURES).save_pretrained(root / "classifier")
     plain = UNet2DConditionModel(**UNET)
-    ends = {"eos_token_id": 49407, "bos_token_id": 49406}
+    ends: dict[str, Any] = {"eos_token_id": 49407, "bos_token_id": 49406}
     text_encoder = CLIPTextModel(CLIPTextConfig(**{**sizes, "hidden_size": 16}, vocab_size=49408, **ends))
-    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler: Any = DDIMScheduler(clip_sample=False, steps_offset=1)
+    absent: Any = None
     StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, plain, scheduler, None, None, requires_safety_checker=False
+        vae, text_encoder, tokenizer, plain, scheduler, absent, absent, requires_safety_checker=False
     ).save_pretrained(root / "text-to-image")  # type: ignore[arg-type]
     for name, variant, condition in (
         ("m2m_self", "self", None),

@@ -1,5 +1,7 @@
 """The reasoning inside the protocols, against simulations and independent computations."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -93,12 +95,14 @@ def test_clip_scores_are_torchmetrics_own_with_the_model_itself(small_world):
             return self
 
         def get_image_features(self, pixels):
-            return model.get_image_features(pixel_values=pixels).pooler_output
+            found: Any = model.get_image_features(pixel_values=pixels)
+            return found.pooler_output
 
         def get_text_features(self, ids, mask):
-            return model.get_text_features(ids, mask).pooler_output
+            found: Any = model.get_text_features(ids, mask)
+            return found.pooler_output
 
-    def processor(images=None, text=None, **_):
+    def processor(images: Any = None, text: Any = None, **_: Any):
         if text is not None:
             return tokenizer(text, return_tensors="pt", padding=True)
         mean, std = (

@@ -11,6 +11,7 @@ from m2m.artifacts import Manifest
 from m2m.errors import ConfigError, InputError
 from m2m.evaluation import protocol
 from m2m.evaluation.protocol import Sampler
+from m2m.evaluation.table import Table1
 from tests.evaluation.conftest import TEST
 
 SETTINGS = {
@@ -94,6 +95,14 @@ def test_table_1_refuses_fewer_sets_than_features(evaluate):
 def test_inception_without_torch_fidelity_says_what_to_install(evaluate):
     with pytest.raises(ConfigError, match="pip install torch-fidelity"):
         evaluate("table_1", backbone="inception-v3")
+
+
+def test_inception_with_few_sets_is_refused_by_a_dry_run(small_world):
+    given = {"sets": 128, "preceding": 4, "num_images": 3}
+    with pytest.raises(ConfigError, match="2048 features needs 2049 or more"):
+        Table1.model_validate({**small_world.settings, **given}).preview(small_world.root, "table_1")
+    said = Table1.model_validate({**small_world.settings, **given, "inception_features": 64})
+    assert "128 sets, 3 images after 4, two models: 768 images" in said.preview(small_world.root, "table_1")
 
 
 def test_without_a_reader_preceding_images_come_from_test_sets(evaluate):
