@@ -14,7 +14,6 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
@@ -140,7 +139,7 @@ def caption_shards(
 
 def count_captions(folder: Path) -> dict[str, int]:
     """How many captions each split has."""
-    counts = pc.value_counts(_open_captions(folder).read(columns=["split"]).column("split")).to_pylist()
+    counts = _open_captions(folder).read(columns=["split"]).column("split").value_counts().to_pylist()
     return {entry["values"]: entry["counts"] for entry in counts}
 
 

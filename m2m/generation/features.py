@@ -69,7 +69,7 @@ class CacheFeatures(StageConfig):
     sets_per_batch: int = Field(default=4, ge=1, description="sets that are encoded at a time")
     decode_batch: int = Field(default=4, ge=1, description="images that the VAE decodes at a time")
     max_failed: float = Field(default=0.01, ge=0, lt=1, description="share of sets that may fail (NaN)")
-    compute: Compute = Compute()
+    compute: Compute = Compute.model_validate({})
 
     def preview(self, root: Path, variant: str | None) -> list[str]:
         path, said = resolve(self.dino, root), f"image encoder: {self.dino}"
@@ -155,17 +155,12 @@ class DinoEncoder:
         device = start_compute(compute)
         loaded = model if isinstance(model, Dinov2Model) else load_dino(model, root, torch_dtype(compute))
         self.model: Dinov2Model = loaded.to(device).eval()  # type: ignore[arg-type]
-        self.feature_size = feature_size or int(self.model.config.image_size)
-
-    @property
-    def tokens(self) -> int:
+        config = self.model.config.to_dict()
+        self.feature_size: int = feature_size or config["image_size"]
+        self.tokens: int = 1 + (self.feature_size // config["patch_size"]) ** 2
         """S: patches and the class token."""
-        return 1 + (self.feature_size // int(self.model.config.patch_size)) ** 2
-
-    @property
-    def width(self) -> int:
+        self.width: int = config["hidden_size"]
         """D."""
-        return int(self.model.config.hidden_size)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

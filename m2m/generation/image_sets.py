@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -63,7 +63,7 @@ class GenerateSets(StageConfig):
     picture_quality: int = Field(default=90, ge=1, le=100, description="of WebP and JPEG")
     decode_batch: int = Field(default=5, ge=1, description="images that the autoencoder decodes at a time")
     max_failed: float = Field(default=0.01, ge=0, lt=1, description="share of sets that may fail (NaN)")
-    compute: Compute = Compute()
+    compute: Compute = Compute.model_validate({})
 
     def preview(self, root: Path, variant: str | None) -> list[str]:
         if resolve(self.text_to_image, root).is_dir() or not is_hub_id(self.text_to_image):
@@ -95,8 +95,10 @@ def generate_sets(config: GenerateSets, run: StageRun) -> None:
     expected = _require_captions(config, captions)
     settings = settings_of(config, run, without=("shards", "sets_per_shard", "per_split", "max_failed"))
 
+    per_split: dict[str, int] = {str(split): most for split, most in (config.per_split or {}).items()}
+
     def planned() -> Iterator[PlannedShard[pd.DataFrame]]:
-        parts = caption_shards(captions, config.shards, config.sets_per_shard, dict(config.per_split or {}))
+        parts = caption_shards(captions, config.shards, config.sets_per_shard, per_split)
         for number, part in enumerate(parts):
             content = list(zip(part["id"].tolist(), part["caption"], part["split"]))
             yield PlannedShard(number, part, shard_fingerprint(settings, content))
@@ -174,7 +176,7 @@ class SetMaker:
 
     def latents(self, caption_id: int, caption: str) -> np.ndarray:
         """One set's latents as the U-Net sees them, float16 (images, C, h, w)."""
-        made = self.pipeline(
+        made: Any = self.pipeline(
             prompt=[caption],
             num_images_per_prompt=self._config.images_per_set,
             height=self.image_size,
@@ -183,8 +185,9 @@ class SetMaker:
             guidance_scale=self._config.guidance_scale,
             latents=self.noise(caption_id).to(self.pipeline.unet.dtype),
             output_type="latent",
-        ).images  # type: ignore[union-attr]
-        return made.float().cpu().numpy().astype(np.float16)
+            return_dict=False,
+        )
+        return made[0].float().cpu().numpy().astype(np.float16)
 
     def decode(self, latents: np.ndarray) -> torch.Tensor:
         """Pictures of stored latents, uint8 (n, 3, H, W)."""

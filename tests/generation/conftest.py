@@ -34,7 +34,8 @@ def text_to_image(tmp_path_factory) -> Path:
     }
     text_encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokens), projection_dim=8, **sizes, **ends))
     word = tokenizer(UNMAKEABLE, add_special_tokens=False)["input_ids"]
-    text_encoder.get_input_embeddings().weight.data[word] = float("nan")
+    embeddings: Any = text_encoder.get_input_embeddings()
+    embeddings.weight.data[word] = float("nan")
     levels: dict[str, Any] = {
         "block_out_channels": (8, 8),
         "down_block_types": ("DownEncoderBlock2D",) * 2,

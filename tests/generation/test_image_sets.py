@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,16 +51,12 @@ def test_a_set_is_what_the_pipeline_makes_of_its_noises(make_profile, tmp_path):
     assert [sets.caption(i) for i in range(4)] == ["a red square", "two blue circles", "a green cross", "stars, many"]
     assert sets.latent_shape == (4, 8, 8) and sets.image_size == 16
     maker = SetMaker(config_of(path), tmp_path)
-    expected = maker.pipeline(
-        prompt=sets.caption(2),
-        num_images_per_prompt=3,
-        num_inference_steps=2,
-        latents=maker.noise(2),
-        output_type="latent",
-    ).images
+    pipeline: Any = maker.pipeline
+    asked = {"prompt": sets.caption(2), "num_images_per_prompt": 3, "num_inference_steps": 2, "output_type": "latent"}
+    expected = pipeline(**asked, latents=maker.noise(2)).images
     assert torch.equal(sets.latents(2), torch.as_tensor(expected).half().float())
     with torch.no_grad():
-        decoded = maker.pipeline.vae.decode(sets.latents(2) / maker.pipeline.vae.config["scaling_factor"]).sample
+        decoded = pipeline.vae.decode(sets.latents(2) / pipeline.vae.config["scaling_factor"]).sample
     shown = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     assert (sets.pictures(2, [0, 1, 2]).int() - shown.int()).abs().max() <= 1
     with Image.open(outcome.folder / "contact_sheet.png") as sheet:
@@ -219,7 +216,8 @@ def test_the_shards_are_readable_by_webdataset(make_profile):
 
     outcome = run(make_profile(store_images="png"))
     urls = [str(outcome.folder / "shards" / f"0000{i}.tar") for i in (0, 1)]
-    found = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil"))
+    readers: Any = webdataset.WebDataset(urls, shardshuffle=False).decode("pil")
+    found = list(readers)
     sets = ImageSets(outcome.folder)
     assert [sample["__key__"] for sample in found] == [f"{i:09d}" for i in range(4)]
     assert np.array_equal(found[1]["latents.npy"], sets.latents(1).half().numpy())
