@@ -59,7 +59,7 @@ class Compute(Settings):
 
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    threads: int = Field(2, ge=1, description="CPU threads of torch; ignored on cuda except for data work")
+    threads: int = Field(default=2, ge=1, description="CPU threads of torch; ignored on cuda except for data work")
 
 
 class Resources(Settings):

@@ -357,9 +357,13 @@ def run_stage(
             if run.incomplete:
                 _record_run(stage, profile, run, started, None)
                 return Outcome(partial, None, True, run.incomplete)
-            manifest = _finish(stage, settings, manifests, run)
-        with artifacts.locked(_lock_path(profile, stage, "swap"), progress.log):
-            if partial.exists():
+        # workers that made the last shards together come here together: one finishes, the others find it done
+        with artifacts.locked(_lock_path(profile, stage, "finish-output"), progress.log):
+            if not partial.exists():
+                manifest = artifacts.require_whole(final, stage.make_command(profile))
+            else:
+                if manifest is None or not (partial / artifacts.MANIFEST).exists():
+                    manifest = _finish(stage, settings, manifests, run)
                 artifacts.promote(partial, final)
         _drop_leftovers(final)
         _record_run(stage, profile, run, started, manifest)

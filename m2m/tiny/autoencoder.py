@@ -1,3 +1,6 @@
+# pyright: reportIndexIssue=false, reportOptionalSubscript=false, reportOptionalMemberAccess=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# (diffusers types the parts of its blocks loosely)
 """The autoencoder: an `AutoencoderKL` that shrinks 64x64 pictures eightfold to 8x8 latents of 16 channels.
 
 Belongs here: its configuration and its training. Not here: the pipeline folder it is shipped in (m2m.tiny.export).

@@ -45,7 +45,7 @@ class Classifier(nn.Module):
         Returns:
             (B, 32), after the last nonlinearity: what the heads read.
         """
-        pixels = images.float() / 255 if images.dtype == torch.uint8 else images.to(self.heads["shape"].weight.dtype)
+        pixels = images.float() / 255 if images.dtype == torch.uint8 else images.to(self.heads["shape"].weight.dtype)  # type: ignore
         if pixels.shape[-2:] != (SIZE, SIZE):
             pixels = F.interpolate(pixels, (SIZE, SIZE), mode="bilinear", align_corners=False, antialias=True)
         return F.silu(self.body(pixels * 2 - 1))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast  # type: ignore
 
 from m2m.tiny import WEIGHTS
 from m2m.tiny.training import bank, load_checkpoint, train

@@ -52,7 +52,7 @@ def _export_stable_diffusion(folder: Path) -> Path:
         text_encoder=text_to_image.text_encoder(),
         tokenizer=clip.load_tokenizer(),
         unet=unet,
-        scheduler=text_to_image.build_scheduler(),
+        scheduler=text_to_image.build_scheduler(),  # type: ignore
         safety_checker=None,  # pyright: ignore[reportArgumentType]
         feature_extractor=None,  # pyright: ignore[reportArgumentType]
         requires_safety_checker=False,

@@ -78,18 +78,20 @@ def train_many_to_many(
     name = f"m2m-{variant}"
     source, work = str(weights / "stable-diffusion"), OUTPUTS / name
     work.mkdir(parents=True, exist_ok=True)
-    settings = TrainingSettings(
-        images_per_set=IMAGES_PER_SET,
-        batch=12,
-        micro_batch=12,
-        epochs=1_000,
-        steps=steps,
-        learning_rate=5e-4,
-        warmup_steps=30,
-        ema_decay=0.99,
-        checkpoint_every=100,
-        seed=seed,
-        compute=Compute(threads=threads, dtype="bfloat16"),
+    settings = TrainingSettings.model_validate(
+        {
+            "images_per_set": IMAGES_PER_SET,
+            "batch": 12,
+            "micro_batch": 12,
+            "epochs": 1_000,
+            "steps": steps,
+            "learning_rate": 5e-4,
+            "warmup_steps": 30,
+            "ema_decay": 0.99,
+            "checkpoint_every": 100,
+            "seed": seed,
+            "compute": Compute(threads=threads, dtype="bfloat16"),
+        }
     )
     accelerator = open_accelerator(settings.compute)
     dino = load_dino(str(weights / "dinov2"), Path.cwd()) if variant == "dino" else None

@@ -37,7 +37,7 @@ def build_unet() -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         block_out_channels=(64, 128),
         layers_per_block=1,
-        attention_head_dim=(2, 4),  # the number of heads, as in SD-2.1's config
+        attention_head_dim=(2, 4),  # the number of heads, as in SD-2.1's config  # type: ignore
         cross_attention_dim=64,
         use_linear_projection=True,
     )
@@ -59,7 +59,7 @@ def build_scheduler() -> EulerDiscreteScheduler:
 def text_encoder() -> CLIPTextModel:
     """The text tower of the trained CLIP."""
     clip, _ = load_clip()
-    model = CLIPTextModel(build_clip().config.text_config)
+    model = CLIPTextModel(build_clip().config.text_config)  # type: ignore
     tower = {name.removeprefix("text_model."): weight for name, weight in clip.text_model.state_dict().items()}
     prefix = "text_model." if any(name.startswith("text_model.") for name in model.state_dict()) else ""
     model.load_state_dict({prefix + name: weight for name, weight in tower.items()})

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-from transformers import CLIPModel, CLIPTokenizerFast, Dinov2Model
+from transformers import CLIPModel, CLIPTokenizerFast, Dinov2Model  # type: ignore
 
 from m2m.tiny import WEIGHTS
 from m2m.tiny.classifier import Classifier
