@@ -21,7 +21,7 @@ from typing import Any, get_type_hints
 from m2m import artifacts
 from m2m.artifacts import Manifest, Summary
 from m2m.config import Profile, Resources, StageConfig, resolve
-from m2m.errors import ArtifactError, CheckFailed, ConfigError
+from m2m.errors import CheckFailed, ConfigError
 from m2m.progress import Progress
 from m2m.recall import recall_identity, remember_identity
 
@@ -484,13 +484,3 @@ def _git_state(root: Path) -> dict[str, Any]:
 
 def _counted(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in counts.items()) or "nothing to count"
-
-
-def require_variant(folder: Path, manifest: Manifest, expected: str) -> None:
-    """Refuse a checkpoint of the other variant.
-
-    Raises:
-        ArtifactError: the folder was made by another stage than `expected`.
-    """
-    if manifest.stage != expected:
-        raise ArtifactError(f"{folder} was made by {manifest.stage}; {expected} was asked for")

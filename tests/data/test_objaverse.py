@@ -77,7 +77,6 @@ def test_real_renders_without_a_list():
         assert (found.images[:, :, 0, 0] == 255).all()
 
 
-@pytest.mark.skipif(not TINY.is_dir(), reason="the tiny objects are not drawn")
 def test_the_tiny_objects():
     views = ObjaverseViews(TINY, "train")
     assert len(views) > 1 and views.set_aside == [] and views[0].images.shape[1:] == (3, 64, 64)

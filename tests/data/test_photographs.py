@@ -31,7 +31,6 @@ def test_real_photographs():
     assert load_image(found[3].paths[0], 64).shape == (3, 64, 64)
 
 
-@pytest.mark.skipif(not TINY.is_dir(), reason="the tiny photographs are not drawn")
 def test_the_tiny_photographs():
     sets = PhotoSets(TINY)
     assert len(sets) > 1 and all(sets[i].paths for i in range(len(sets)))

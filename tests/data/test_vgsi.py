@@ -48,7 +48,6 @@ def test_procedures_are_those_with_pictures_in_the_split(root):
     assert images.shape == (3, 3, 4, 4) and images.dtype == torch.uint8 and images[:, 0, 0, 0].tolist() == [0, 10, 20]
 
 
-@pytest.mark.skipif(not TINY.is_dir(), reason="the tiny procedures are not drawn")
 def test_the_tiny_procedures():
     train, test = Procedures(TINY, "train"), Procedures(TINY, "test")
     assert len(train) > len(test) > 1 and not train.set_aside and not test.set_aside
