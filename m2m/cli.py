@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from m2m.config import Profile, load_profile
 from m2m.errors import M2MError
 from m2m.progress import Progress, open_progress
-from m2m.stages import STAGES, Stage, commands, find_stage, run_stage
+from m2m.stage_run import run_stage
+from m2m.stages import STAGES, Stage, commands, find_stage
 
 EXIT_BAD_INPUT = 2
 EXIT_CALL_AGAIN = 75  # stopped by a signal after a checkpoint (EX_TEMPFAIL): the same command goes on from there

@@ -1,7 +1,7 @@
 """What a stage's settings came to last time, so that seeing that there is nothing to do takes no torch and no time.
 
 Belongs here: remembering `config.identity` beside the outputs, and knowing when the memory no longer holds.
-Not here: judging what is stale (`stages.fingerprint`).
+Not here: judging what is stale (`stage_run.fingerprint`).
 """
 
 import hashlib

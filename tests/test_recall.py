@@ -9,7 +9,7 @@ import pytest
 STAGE = """
 import sys
 from m2m.config import SourcePath, StageConfig
-from m2m.stages import StageRun
+from m2m.stage_run import StageRun
 
 class Copy(StageConfig):
     source: SourcePath
@@ -23,7 +23,8 @@ import sys
 from pathlib import Path
 from m2m.config import Profile
 from m2m.progress import Progress
-from m2m.stages import STAGES, Stage, run_stage
+from m2m.stage_run import run_stage
+from m2m.stages import STAGES, Stage
 
 stage = STAGES["copy"] = Stage("copy", "copying:copy", "copies", 1, "Copies.", "data", frozenset())
 root = Path(sys.argv[1])

@@ -10,7 +10,8 @@ from m2m import artifacts
 from m2m.config import Profile, SourcePath, StageConfig
 from m2m.errors import ArtifactError, CheckFailed, ConfigError
 from m2m.progress import Progress
-from m2m.stages import STAGES, Stage, StageRun, find_stage, run_stage
+from m2m.stage_run import StageRun, run_stage
+from m2m.stages import STAGES, Stage, find_stage
 
 calls: list[str] = []
 

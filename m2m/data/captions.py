@@ -21,7 +21,7 @@ from m2m.artifacts import sync_folder
 from m2m.config import SourcePath, StageConfig, resolve
 from m2m.data.tokens import START_AND_END, TokenCounter
 from m2m.errors import ArtifactError, InputError
-from m2m.stages import StageRun
+from m2m.stage_run import StageRun
 
 SPLITS = ("train", "validation", "test")
 CAPTIONS, REJECTED = "captions.parquet", "rejected.parquet"

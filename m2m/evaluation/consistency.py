@@ -26,7 +26,7 @@ from m2m.evaluation.protocol import (
     in_batches,
     samplers,
 )
-from m2m.stages import StageRun
+from m2m.stage_run import StageRun
 from m2m.tiny.world import ATTRIBUTES, read_caption
 
 OWN, OTHERS = "the set's own images", "another set's images"

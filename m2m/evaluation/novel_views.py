@@ -20,7 +20,7 @@ from m2m.errors import ConfigError, InputError
 from m2m.evaluation.grids import write_grid
 from m2m.evaluation.measures import cosine, psnr, ssim
 from m2m.evaluation.protocol import EvaluationConfig, Sampler, conclude, each_picture, in_batches
-from m2m.stages import StageRun
+from m2m.stage_run import StageRun
 
 _MEASURES = {"psnr": "PSNR, dB", "ssim": "SSIM", "dino": "DINO likeness"}
 _NEAREST, _CEILING = "the nearest preceding view, copied", "the true view through the autoencoder"

@@ -29,7 +29,7 @@ from m2m.evaluation.protocol import (
     samplers,
 )
 from m2m.generation.noise import keyed_generator, namespaced
-from m2m.stages import StageRun
+from m2m.stage_run import StageRun
 from m2m.tiny.world import ATTRIBUTES, draw, read_caption, sample_scene
 
 _SHARED_RATE = 0.5  # of a trial's attributes; both kinds of trials then are equally many, whatever the captions do

@@ -17,7 +17,7 @@ from m2m.evaluation.grids import write_grid
 from m2m.evaluation.measures import cosine, psnr
 from m2m.evaluation.protocol import EvaluationConfig, Sampler, conclude, in_batches
 from m2m.generation.noise import keyed_generator, namespaced
-from m2m.stages import StageRun
+from m2m.stage_run import StageRun
 
 _MODEL, _SHUFFLED, _COPY = "M2M-DINO", "M2M-DINO, preceding steps out of order", "the last preceding step, copied"
 _MEASURES = {"psnr": "PSNR, dB", "dino": "DINO likeness", "clip": "CLIP likeness"}

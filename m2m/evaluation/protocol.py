@@ -24,7 +24,7 @@ from m2m.evaluation.encoders import Clip, Dino, Reader
 from m2m.generation.noise import keyed_generator, keyed_normal, namespaced
 from m2m.models.autoencoder import decode_latents, encode_images, pixels_per_latent
 from m2m.models.unet import VARIANTS
-from m2m.stages import StageRun
+from m2m.stage_run import StageRun
 
 _PARTS = ".parts"
 

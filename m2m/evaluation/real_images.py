@@ -20,7 +20,7 @@ from m2m.evaluation.grids import write_grid
 from m2m.evaluation.measures import cosine
 from m2m.evaluation.protocol import EvaluationConfig, Sampler, conclude, each_picture, in_batches, samplers
 from m2m.generation.noise import keyed_generator, namespaced
-from m2m.stages import StageRun
+from m2m.stage_run import StageRun
 
 
 class RealImages(EvaluationConfig):

@@ -23,7 +23,8 @@ from m2m.artifacts import Manifest, Summary
 from m2m.config import StageConfig
 from m2m.errors import ArtifactError
 from m2m.evaluation.charts import chart
-from m2m.stages import STAGES, Stage, StageRun
+from m2m.stage_run import StageRun
+from m2m.stages import STAGES, Stage
 
 PAGE = "report.html"
 _TEMPLATE = Path(__file__).with_name("report.html.j2")

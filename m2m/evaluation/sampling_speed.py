@@ -16,7 +16,7 @@ from pydantic import Field
 from m2m.config import ModelSource
 from m2m.evaluation.protocol import EvaluationConfig, conclude, samplers
 from m2m.models.text_to_image import as_ddim, load_text_to_image
-from m2m.stages import StageRun
+from m2m.stage_run import StageRun
 
 _TEXT_TO_IMAGE = "text-to-image model"
 _PROMPT = "three red stars on a white background"

@@ -26,7 +26,7 @@ from m2m.evaluation.protocol import (
     in_batches,
     samplers,
 )
-from m2m.stages import StageRun
+from m2m.stage_run import StageRun
 
 PAPER = {
     "M2M-Self (9M)": {"fid": (9.56, 1.21), "is": (26.19, 0.67), "text": (22.71, 0.52), "image": (76.29, 0.02)},

@@ -42,7 +42,7 @@ from m2m.generation.shard_work import (
     shard_fingerprint,
 )
 from m2m.models.text_to_image import load_dino, load_vae, start_compute, torch_dtype
-from m2m.stages import StageRun
+from m2m.stage_run import StageRun
 
 # of the pixels that DINOv2 was trained on
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -36,7 +36,7 @@ from m2m.models.autoencoder import decode_latents, pixels_per_latent
 from m2m.models.sd21 import SD21_BASE_UNET, SD21_VAE_SCALE_FACTOR
 from m2m.models.text_to_image import as_ddim, load_text_to_image, load_unet_config, model_folder
 from m2m.pictures import contact_sheet
-from m2m.stages import StageRun
+from m2m.stage_run import StageRun
 
 SHEET = "contact_sheet.png"
 _SHEET_SETS, _SHEET_IMAGES = 4, 8

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 from m2m.config import StageConfig, identity
 from m2m.data.shards import FOLDER, Failure, ShardPaths, ShardWriter, adopt, is_current, read_record, shard_faults
 from m2m.errors import ConfigError
-from m2m.stages import StageRun
+from m2m.stage_run import StageRun
 
 Content = TypeVar("Content")
 

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from m2m.artifacts import write_json
 from m2m.pipelines.many_to_many import ManyToManyPipeline
-from m2m.stages import StageRun
+from m2m.stage_run import StageRun
 from m2m.training.encoding import pictures_of
 from m2m.training.held_out import continued, stacked, validation_loss, write_grid
 from m2m.training.loop import CHECKPOINTS, LogLine, Prepare, SetData, train

@@ -18,7 +18,7 @@ from m2m.models.autoencoder import pixels_per_latent
 from m2m.models.unet import VARIANTS, ManyToManyUNet
 from m2m.pipelines.many_to_many import ManyToManyPipeline
 from m2m.progress import Progress
-from m2m.stages import StageRun
+from m2m.stage_run import StageRun
 from m2m.training.acceleration import open_accelerator
 from m2m.training.course import SamplePicture, Sets, take
 from m2m.training.encoding import Encoding

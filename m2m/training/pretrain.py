@@ -17,7 +17,7 @@ from m2m.models.sd21 import DINOV2_GIANT, STABLE_DIFFUSION_2_1_BASE
 from m2m.models.text_to_image import load_ddim, load_dino, load_vae
 from m2m.models.unet import VARIANTS, ManyToManyUNet
 from m2m.pipelines.many_to_many import ManyToManyPipeline
-from m2m.stages import StageRun
+from m2m.stage_run import StageRun
 from m2m.training.acceleration import open_accelerator
 from m2m.training.course import SamplePicture, Sets, take
 from m2m.training.encoding import Encoding

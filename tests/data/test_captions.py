@@ -25,7 +25,8 @@ from m2m.data.captions import (
 from m2m.data.tokens import VOCABULARY
 from m2m.errors import CheckFailed, ConfigError, InputError
 from m2m.progress import Progress
-from m2m.stages import STAGES, StageRun, run_stage
+from m2m.stage_run import StageRun, run_stage
+from m2m.stages import STAGES
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data" / "captions"
 STAGE = STAGES["filter-captions"]

@@ -31,7 +31,8 @@ from m2m.models.conditions import ConditionEmbedder
 from m2m.models.unet import ManyToManyUNet
 from m2m.pipelines.many_to_many import ManyToManyPipeline
 from m2m.progress import Progress
-from m2m.stages import STAGES, StageRun
+from m2m.stage_run import StageRun
+from m2m.stages import STAGES
 from m2m.tiny.classifier import Classifier
 from m2m.tiny.world import describe, draw, sample_scene
 

@@ -11,7 +11,8 @@ from m2m.errors import ArtifactError
 from m2m.evaluation.charts import chart
 from m2m.evaluation.report import PAGE, missing_from
 from m2m.progress import Progress
-from m2m.stages import STAGES, run_stage
+from m2m.stage_run import run_stage
+from m2m.stages import STAGES
 from tests.evaluation.outputs_by_hand import FIGURES, ROWS, write_output
 
 

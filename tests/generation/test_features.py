@@ -12,7 +12,8 @@ from m2m.data.shards import shard_faults
 from m2m.errors import InputError
 from m2m.generation.features import IMAGENET_MEAN, IMAGENET_STD, CacheFeatures, DinoEncoder, dino_preprocess
 from m2m.progress import Progress
-from m2m.stages import STAGES, run_stage
+from m2m.stage_run import run_stage
+from m2m.stages import STAGES
 
 QUIET = Progress(quiet=True)
 ONE_THREAD = Compute(threads=1)

@@ -21,7 +21,8 @@ from m2m.data.shards import ShardReader, read_record, shard_faults
 from m2m.errors import CheckFailed, ConfigError, InputError
 from m2m.generation.image_sets import GenerateSets, SetMaker
 from m2m.progress import Progress
-from m2m.stages import STAGES, run_stage
+from m2m.stage_run import run_stage
+from m2m.stages import STAGES
 
 QUIET = Progress(quiet=True)
 STAGE = STAGES["generate-sets"]

@@ -14,7 +14,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 from m2m import artifacts  # noqa: E402
 from m2m.config import StageConfig  # noqa: E402
 from m2m.errors import InputError  # noqa: E402
-from m2m.stages import STAGES, Stage, StageRun  # noqa: E402
+from m2m.stage_run import StageRun  # noqa: E402
+from m2m.stages import STAGES, Stage  # noqa: E402
 
 PNG = (  # one white pixel
     b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x01\0\0\0\x01\x08\0\0\0\0:~\x9bU\0\0\0\nIDATx\x9cc\xf8\x0f\0\x01\x01\x01\0\x1b"

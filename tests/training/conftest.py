@@ -15,7 +15,8 @@ from m2m.data.sets import LATENTS, SetsIndex, SetTable, write_index
 from m2m.data.shards import ShardWriter, npy_bytes
 from m2m.generation.noise import keyed_normal
 from m2m.progress import Progress
-from m2m.stages import STAGES, StageRun
+from m2m.stage_run import StageRun
+from m2m.stages import STAGES
 from tests.training.toy import UNET_CONFIG
 
 SIDE, PER_SET = 16, 6  # pixels, images of a set
