@@ -1,7 +1,12 @@
 """`python -m m2m`."""
 
+import os
 import sys
 
-from m2m.cli import main
+# GNU OpenMP reads this when torch loads. Its threads otherwise spin for long while they wait for each other: with other
+# work on the cores that made two threads six times slower. Two thousand rounds cost nothing on free cores.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+from m2m.cli import main  # noqa: E402
 
 sys.exit(main())

@@ -44,6 +44,7 @@ class Progress:
 
             yield from tqdm(items, total=total, unit=unit, desc=label or None, dynamic_ncols=True)
             return
+        units = f"{unit}es" if unit.endswith("ch") else f"{unit}s"
         started = last = time.monotonic()
         done = 0
         for done, item in enumerate(items, 1):
@@ -51,9 +52,9 @@ class Progress:
             if time.monotonic() - last >= _LOG_EVERY_SECONDS:
                 last = time.monotonic()
                 of = f" of {total:,}" if total else ""
-                self.log(f"{label or unit}: {done:,}{of} {unit}s, {done / (last - started):.2f} a second")
+                self.log(f"{label or unit}: {done:,}{of} {units}, {done / (last - started):.2f} a second")
         if time.monotonic() - started >= _LOG_EVERY_SECONDS:
-            self.log(f"{label or unit}: {done:,} {unit}s in {time.monotonic() - started:.0f} s")
+            self.log(f"{label or unit}: {done:,} {units} in {time.monotonic() - started:.0f} s")
 
     def made(self, manifest: Manifest, folder: Path, *, shards: list[str] | None, fresh: bool) -> None:
         """An output is whole. `shards` are partition keys, `fresh` whether this run made it."""

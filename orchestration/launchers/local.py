@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import dagster as dg
-from dagster import PipesTempFileContextInjector, PipesTempFileMessageReader, open_pipes_session
+from dagster import PipesTempFileContextInjector, open_pipes_session
 from pydantic import Field
 
 from assets_defs.launching import Launch, Results
@@ -23,6 +23,7 @@ from assets_defs.profile import PROFILE
 from m2m.config import project_root
 from m2m.stages import Stage
 from orchestration.launchers import die_with_parent
+from orchestration.launchers.messages import TemporaryFileReader
 from orchestration.launchers.outcome import results, stage_arguments
 from orchestration.launchers.process_mark import RUN_TAG, this_process
 
@@ -50,7 +51,7 @@ class LocalLauncher(dg.ConfigurableResource):
         with open_pipes_session(
             context=context,
             context_injector=PipesTempFileContextInjector(),
-            message_reader=PipesTempFileMessageReader(),
+            message_reader=TemporaryFileReader(),
         ) as session:
             env = {**os.environ, **session.get_bootstrap_env_vars(), "PYTHONUNBUFFERED": "1"}
             with self._running(command, env) as (process, last_lines):
