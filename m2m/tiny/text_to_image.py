@@ -24,7 +24,7 @@ NAME = "text-to-image"
 # The shipped pipeline's tokenizer pads to this and not to 77: the world's captions have at most 14 tokens, and
 # attending to padding would cost a third of every step.
 TOKENS = 16
-_BATCH = 32
+_BATCH = 64
 
 
 def build_unet() -> UNet2DConditionModel:
@@ -66,7 +66,7 @@ def text_encoder() -> CLIPTextModel:
     return model.eval()
 
 
-def train_text_to_image(steps: int = 5000, resume: bool = True, seed: int = 0) -> UNet2DConditionModel:
+def train_text_to_image(steps: int = 10_000, resume: bool = True, seed: int = 0) -> UNet2DConditionModel:
     """Predict the noise; one caption in ten is dropped, for guidance; losses are weighted by min-SNR-5 for speed."""
     torch.manual_seed(seed)
     model, pictures = build_unet(), bank()

@@ -68,7 +68,7 @@ def test_the_classifier_loads_strictly(classifier, tmp_path):
 def test_attributes_survive_the_autoencoder(pipeline, classifier, originals):
     images, labels = originals
     read = classifier.predict(reconstruct(pipeline, images[:100] / 255))
-    assert ((read == labels[:100]).mean(0) >= 0.85).all()
+    assert ((read == labels[:100]).mean(0) >= 0.95 * (classifier.predict(images[:100]) == labels[:100]).mean(0)).all()
 
 
 def test_latents_have_unit_deviation(pipeline, originals):
@@ -81,7 +81,7 @@ def test_latents_have_unit_deviation(pipeline, originals):
 def test_samples_show_what_was_asked_for(pipeline, classifier):
     captions, images = sample_images(pipeline, 40, seed=1)
     assert images.shape == (40, 3, 64, 64)
-    assert asked_and_read(classifier, captions, images)["mean"] > 0.35  # by chance: 0.23
+    assert asked_and_read(classifier, captions, images)["mean"] >= 0.8  # by chance: 0.23
 
 
 def test_clip_and_the_pipeline_share_a_text_tower_and_the_real_vocabulary(pipeline):
