@@ -11,6 +11,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars are for terminals; a log gets lines of our own
 
-from m2m.cli import main  # noqa: E402
+from m2m.cli import main
 
 sys.exit(main())

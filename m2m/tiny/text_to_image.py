@@ -66,7 +66,7 @@ def text_encoder() -> CLIPTextModel:
     return model.eval()
 
 
-def train_text_to_image(steps: int = 10_000, resume: bool = True, seed: int = 0) -> UNet2DConditionModel:
+def train_text_to_image(steps: int = 6500, resume: bool = True, seed: int = 0) -> UNet2DConditionModel:
     """Predict the noise; one caption in ten is dropped, for guidance; losses are weighted by min-SNR-5 for speed."""
     torch.manual_seed(seed)
     model, pictures = build_unet(), bank()
