@@ -4,6 +4,7 @@ Belongs here: the network, its passes (training, encoding a context, denoising) 
 model. Not here: the attention itself (`image_set_attention`), strict reading of files (`saved`), sampling (pipelines).
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ import torch
 from diffusers import ModelMixin as ModelMixin  # DiffusionPipeline looks here for how a part's class is loaded
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from m2m.errors import ConfigError, InputError
@@ -19,7 +21,7 @@ from m2m.models.conditions import ConditionEmbedder
 from m2m.models.context import Context
 from m2m.models.image_set_attention import FromContexts, ImageSetAttention, Reading, Recording, WholeSets
 from m2m.models.origin import Origin, many_to_many_config, model_from, new_model
-from m2m.models.saved import FORMAT_VERSION, check_saved_unet, config_keys, realigned
+from m2m.models.saved import FORMAT_VERSION, check_saved_unet, config_keys, realigned, remove_weights
 
 VARIANTS = {"self": "M2M-Self", "dino": "M2M-DINO"}
 Variant = Literal["self", "dino"]
@@ -175,6 +177,7 @@ class ManyToManyUNet(UNet2DConditionModel):
         predicted = self._pass(rows, times, reading)[-sets * images :]
         return predicted.unflatten(0, (sets, images))
 
+    @apply_forward_hook
     def encode_context(
         self, images: Tensor, condition: Tensor | None = None, timestep: int | Tensor | None = None
     ) -> Context:
@@ -218,6 +221,7 @@ class ManyToManyUNet(UNet2DConditionModel):
         """
         return self.denoise_branches(noisy, timestep, [(context, condition)])[0]
 
+    @apply_forward_hook
     def denoise_branches(self, noisy: Tensor, timestep: int | Tensor, branches: Sequence[Branch]) -> list[Tensor]:
         """Several predictions for the same noisy images in one pass: what guidance needs (Eqs. 6 and 7)."""
         sets, count = noisy.shape[0], len(branches)
@@ -301,6 +305,12 @@ class ManyToManyUNet(UNet2DConditionModel):
         if isinstance(loaded, ManyToManyUNet):  # not where output_loading_info is asked for
             realigned(loaded)
         return loaded  # type: ignore[return-value]
+
+    @functools.wraps(UNet2DConditionModel.save_pretrained)  # pipelines pass on what they find in the signature
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        # diffusers' own, in the place of what an earlier save left
+        remove_weights(Path(save_directory))
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:
