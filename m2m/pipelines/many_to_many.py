@@ -32,6 +32,7 @@ from m2m.pipelines.arguments import (
     paired_conditions,
     preceding_sets,
 )
+from m2m.pipelines.guidance import Interval, guided_steps
 from m2m.pipelines.pictures import Pictures, as_output, as_sets
 from m2m.pipelines.rollout import Rollout
 from m2m.pipelines.saved_pipeline import FORMAT_VERSION, check_saved_pipeline, saved_image_encoder
@@ -125,6 +126,7 @@ class ManyToManyPipeline(DiffusionPipeline):
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
         condition_guidance_scale: float | None = None,
+        guidance_interval: Interval | None = None,
         context_window: int | None = None,
         context_sink: int | None = None,
         height: int | None = None,
@@ -149,6 +151,8 @@ class ManyToManyPipeline(DiffusionPipeline):
                 preceding image.
             guidance_scale: s of Eq. 6, s_I of Eq. 7; 1 guides nothing.
             condition_guidance_scale: s_C of Eq. 7; s_I where None. 0 leaves the condition out.
+            guidance_interval: shares of the steps, (start, stop), between which there is guidance: (0, 0.4) guides the
+                noisiest two fifths. The other steps cost half: they take the conditional prediction. None: all steps.
             context_window: W: how many preceding images, given and made, a target reads. Where more are given, the
                 oldest are not read, and a warning says so.
             context_sink: how many of them are always the first ones, so that a long rollout keeps real images in sight.
@@ -172,6 +176,7 @@ class ManyToManyPipeline(DiffusionPipeline):
         if unknown:
             raise InputError(f"callback_on_step_end_tensor_inputs: {unknown[0]!r} is not known. There is: latents")
         check_scheduler(self.scheduler)
+        guided_steps(num_inference_steps, guidance_interval)
         if num_images < 1 or num_inference_steps < 1:
             raise InputError(f"num_images={num_images}, num_inference_steps={num_inference_steps}: at least 1 of each")
         if images is not None and preceding is not None:
@@ -214,6 +219,7 @@ class ManyToManyPipeline(DiffusionPipeline):
                     target=None if conditions is None else conditions[1][members],
                     images_scale=guidance_scale,
                     condition_scale=condition_guidance_scale,
+                    interval=guidance_interval,
                     window=window,
                     sink=sink,
                     generator=[generator[m] for m in members] if isinstance(generator, list | tuple) else generator,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from m2m.models.autoencoder import decode_latents
 from m2m.pipelines.arguments import Generators
-from m2m.pipelines.guidance import guided_predictions, weighted_sum
+from m2m.pipelines.guidance import Interval, guided_predictions, guided_steps, weighted_sum
 from m2m.pipelines.preceding import PrecedingImages
 from m2m.pipelines.schedulers import step_arguments
 
@@ -29,6 +29,7 @@ class Rollout:
     target: Tensor | None
     images_scale: float
     condition_scale: float | None
+    interval: Interval | None
     window: int | None
     sink: int
     generator: Generators
@@ -73,16 +74,18 @@ class Rollout:
     ) -> Tensor:
         scheduler.set_timesteps(self.steps, device=self.noise.device)
         latents = self.noise[:, number] * scheduler.init_noise_sigma
-        null = unet.null_context(latents.to(unet.dtype)) if self.images_scale != 1 else None
+        guided = guided_steps(len(scheduler.timesteps), self.interval)
+        null = unet.null_context(latents.to(unet.dtype)) if self.images_scale != 1 and guided else None
         for step, timestep in enumerate(scheduler.timesteps):
             both, images = memory.contexts(timestep)
+            images_scale, condition_scale = self._scales(step in guided)
             predictions = guided_predictions(
                 null=null if both or images else None,
                 images=images,
                 both=both,
                 condition=target,
-                guidance_scale=self.images_scale,
-                condition_guidance_scale=self.condition_scale,
+                guidance_scale=images_scale,
+                condition_guidance_scale=condition_scale,
             )
             noisy = scheduler.scale_model_input(latents, timestep).to(unet.dtype)
             branches = [(prediction.context, prediction.condition) for prediction in predictions]
@@ -94,3 +97,9 @@ class Rollout:
             latents = self.callback(number * len(scheduler.timesteps) + step, timestep, latents)
             self.tick()
         return latents
+
+    def _scales(self, guided: bool) -> tuple[float, float | None]:
+        """s_I and s_C of Eq. 7; where nothing is guided, those that leave one prediction, given all that is told."""
+        if guided:
+            return self.images_scale, self.condition_scale
+        return 1.0, 0.0 if self.condition_scale == 0 else 1.0
