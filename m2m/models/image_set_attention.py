@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from m2m.errors import InputError
 from m2m.models.context import Context
+from m2m.models.int8_context import KeptContext
 
 
 def set_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -193,14 +194,14 @@ class Recording(_Conditioned):
 class FromContexts(_Conditioned):
     """A denoising pass: equal parts of the batch each read a context of their own, or none."""
 
-    contexts: Sequence[Context | None]
+    contexts: Sequence[KeptContext | None]
 
     def attend(self, attention: ImageSetAttention, hidden: Tensor) -> Tensor:
         parts = hidden.chunk(len(self.contexts))
         return torch.cat([self._read(attention, part, context) for part, context in zip(parts, self.contexts)])
 
     @staticmethod
-    def _read(attention: ImageSetAttention, hidden: Tensor, context: Context | None) -> Tensor:
+    def _read(attention: ImageSetAttention, hidden: Tensor, context: KeptContext | None) -> Tensor:
         if context is None:
             return hidden.new_zeros(*hidden.shape[:-1], attention.to_q.out_features)
         k, v = context.layer(attention.layer)

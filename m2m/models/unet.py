@@ -20,12 +20,13 @@ from m2m.errors import ConfigError, InputError
 from m2m.models.conditions import ConditionEmbedder
 from m2m.models.context import Context
 from m2m.models.image_set_attention import FromContexts, ImageSetAttention, Reading, Recording, WholeSets
+from m2m.models.int8_context import KeptContext
 from m2m.models.origin import Origin, many_to_many_config, model_from, new_model
 from m2m.models.saved import FORMAT_VERSION, check_saved_unet, config_keys, realigned, remove_weights
 
 VARIANTS = {"self": "M2M-Self", "dino": "M2M-DINO"}
 Variant = Literal["self", "dino"]
-Branch = tuple[Context | None, Tensor | None]
+Branch = tuple[KeptContext | None, Tensor | None]
 """What one prediction is given: preceding images and the target's condition, (sets, numbers); None drops either."""
 
 # Settings of diffusers' U-Net that would give it inputs or layers which M2M does not know.
@@ -207,7 +208,11 @@ class ManyToManyUNet(UNet2DConditionModel):
         return recording.context()
 
     def denoise(
-        self, noisy: Tensor, timestep: int | Tensor, context: Context | None = None, condition: Tensor | None = None
+        self,
+        noisy: Tensor,
+        timestep: int | Tensor,
+        context: KeptContext | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """The noise of one image of every set, given its context (or none) and its own condition (or none).
 

@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--context-window", type=int, help="read at most so many preceding images (W)")
     parser.add_argument("--context-sink", type=int, default=0, help="how many of them are always the first")
+    parser.add_argument("--int8-context", action="store_true", help="halve the memory that preceding images hold")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
@@ -67,6 +68,7 @@ def main(args: argparse.Namespace) -> None:
         guidance_interval=tuple(args.guidance_interval) if args.guidance_interval else None,
         context_window=args.context_window,
         context_sink=args.context_sink,
+        int8_context=args.int8_context,
         generator=torch.Generator("cpu").manual_seed(args.seed),
         **conditions,
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from m2m.errors import InputError
-from m2m.models.context import Context
+from m2m.models.int8_context import KeptContext
 
 Interval = tuple[float, float]
 """Shares of the steps between which there is guidance: (0, 1) is all of them, (0, 0.4) the noisiest two fifths."""
@@ -22,7 +22,7 @@ class Prediction:
     """One prediction and its weight in the sum; the weights of one sum add up to 1."""
 
     weight: float
-    context: Context | None
+    context: KeptContext | None
     condition: Tensor | None
 
 
@@ -42,9 +42,9 @@ def guided_steps(steps: int, interval: Interval | None) -> range:
 
 def guided_predictions(
     *,
-    null: Context | None,
-    images: Context | None,
-    both: Context | None,
+    null: KeptContext | None,
+    images: KeptContext | None,
+    both: KeptContext | None,
     condition: Tensor | None,
     guidance_scale: float,
     condition_guidance_scale: float | None = None,

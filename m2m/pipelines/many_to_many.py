@@ -129,6 +129,7 @@ class ManyToManyPipeline(DiffusionPipeline):
         guidance_interval: Interval | None = None,
         context_window: int | None = None,
         context_sink: int | None = None,
+        int8_context: bool = False,
         height: int | None = None,
         width: int | None = None,
         generator: Generators = None,
@@ -156,6 +157,8 @@ class ManyToManyPipeline(DiffusionPipeline):
             context_window: W: how many preceding images, given and made, a target reads. Where more are given, the
                 oldest are not read, and a warning says so.
             context_sink: how many of them are always the first ones, so that a long rollout keeps real images in sight.
+            int8_context: keep what was computed of preceding images in bytes: about half the memory of half precision,
+                for an error well below 1 % of a prediction (benchmarks/int8_context.py).
             height, width: of the images, in pixels.
             generator: one for all, or one for each set (then a set's images don't depend on the other sets).
             latents: initial noise, (sets, num_images, C, h, w), in place of `generator`.
@@ -222,6 +225,7 @@ class ManyToManyPipeline(DiffusionPipeline):
                     interval=guidance_interval,
                     window=window,
                     sink=sink,
+                    int8=int8_context,
                     generator=[generator[m] for m in members] if isinstance(generator, list | tuple) else generator,
                     decode=output_type != "latent",
                     tick=progress.update,

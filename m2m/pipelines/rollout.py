@@ -32,6 +32,7 @@ class Rollout:
     interval: Interval | None
     window: int | None
     sink: int
+    int8: bool
     generator: Generators
     decode: bool
     tick: Callable[[], Any]
@@ -53,6 +54,7 @@ class Rollout:
             self.sink,
             with_condition=self.target is not None,
             without_condition=self.target is None or three,
+            int8=self.int8,
         )
         memory.add(clean, self.condition)
         latents, pictures = [], []

@@ -129,6 +129,24 @@ def test_a_shared_timestep_and_zeroed_latents_are_options(make_pipeline, picture
     assert (found[0] - found[1]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("variant", ["self", "dino"])
+def test_a_context_in_bytes_changes_little_and_is_kept_as_any(make_pipeline, pictures, variant, encoder_calls):
+    pipeline, start = make_pipeline(variant), noise(1, 3)
+    exact = latents(pipeline, pictures(), num_images=3, latents=start, guidance_scale=2.0)
+    encoder_calls.clear()
+    given = {"latents": start, "guidance_scale": 2.0, "int8_context": True}
+    found = latents(pipeline, pictures(), num_images=3, **given)
+    assert sum(encoder_calls) == 4 + 2
+    assert 0 < (found - exact).norm() < 2e-2 * exact.norm()
+    windowed = latents(pipeline, pictures(), context_window=2, num_images=3, **given)
+    torch.testing.assert_close(
+        windowed[:, :1], latents(pipeline, pictures()[:, 2:], **{**given, "latents": start[:, :1]}), **EXACT
+    )
+    if variant == "self":
+        with pytest.raises(InputError, match="no context to keep"):
+            latents(make_pipeline("self", clean_timestep=None), pictures(), int8_context=True)
+
+
 def test_kinds_of_output(make_pipeline, pictures, to_pil):
     pipeline, start = make_pipeline(), noise(2, 2)
     tensor = pipeline(pictures(2), num_images=2, latents=start, output_type="pt", **STEPS).images
