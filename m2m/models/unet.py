@@ -19,7 +19,14 @@ from torch import Tensor
 from m2m.errors import ConfigError, InputError
 from m2m.models.conditions import ConditionEmbedder
 from m2m.models.context import Context
-from m2m.models.image_set_attention import FromContexts, ImageSetAttention, Reading, Recording, WholeSets
+from m2m.models.image_set_attention import (
+    TRAINING_ATTENTIONS,
+    FromContexts,
+    ImageSetAttention,
+    Reading,
+    Recording,
+    WholeSets,
+)
 from m2m.models.int8_context import KeptContext
 from m2m.models.origin import Origin, many_to_many_config, model_from, new_model
 from m2m.models.saved import FORMAT_VERSION, check_saved_unet, config_keys, realigned, remove_weights
@@ -96,6 +103,7 @@ class ManyToManyUNet(UNet2DConditionModel):
             format_version=format_version,
         )
         self.origin: Origin | None = None
+        self._training_attention = "prefix"
         layers: list[ImageSetAttention] = []
         for module in self.modules():
             if isinstance(module, BasicTransformerBlock) and module.attn2 is not None:
@@ -119,6 +127,19 @@ class ManyToManyUNet(UNet2DConditionModel):
     def feature_dim(self) -> int:
         """Width of the features that M2M-DINO reads."""
         return self._image_set_layers[0].context_dim
+
+    def set_training_attention(self, kind: str) -> None:
+        """How `training_forward` attends: "prefix", a loop over images (the default and the reference), or "flex".
+
+        FlexAttention's fused kernel needs a GPU to be trained with. The results are equal but for rounding, and the
+        choice is not part of the model: it is not saved.
+
+        Raises:
+            ConfigError: another kind.
+        """
+        if kind not in TRAINING_ATTENTIONS:
+            raise ConfigError(f"training attention {kind!r} is not known. There are: {', '.join(TRAINING_ATTENTIONS)}")
+        self._training_attention = kind
 
     # --- passes -------------------------------------------------------------------------------------------------
 
@@ -174,7 +195,14 @@ class ManyToManyUNet(UNet2DConditionModel):
         shifts, feature_shift = self._embed_training(condition, keep_condition)
         if self.variant == "dino" and feature_shift is not None:
             read = read + feature_shift
-        reading = WholeSets(sets, images, features=read if self.variant == "dino" else None, keep=keep, shifts=shifts)
+        reading = WholeSets(
+            sets,
+            images,
+            features=read if self.variant == "dino" else None,
+            keep=keep,
+            attention=self._training_attention,
+            shifts=shifts,
+        )
         predicted = self._pass(rows, times, reading)[-sets * images :]
         return predicted.unflatten(0, (sets, images))
 
