@@ -33,6 +33,7 @@ from m2m.pipelines.arguments import (
     preceding_sets,
 )
 from m2m.pipelines.guidance import Interval, guided_steps
+from m2m.pipelines.model_card import CardFacts, read_facts, write_card
 from m2m.pipelines.pictures import Pictures, as_output, as_sets
 from m2m.pipelines.rollout import Rollout
 from m2m.pipelines.saved_pipeline import FORMAT_VERSION, check_saved_pipeline, saved_image_encoder
@@ -85,6 +86,8 @@ class ManyToManyPipeline(DiffusionPipeline):
             ConfigError: parts that don't belong together, or another format.
         """
         super().__init__()
+        self.card = CardFacts()
+        """What the model card says when the pipeline is saved."""
         if format_version != FORMAT_VERSION:
             raise ConfigError(f"format_version {format_version} of a pipeline: this version reads {FORMAT_VERSION}")
         if (unet.variant == "dino") != (image_encoder is not None):
@@ -271,18 +274,23 @@ class ManyToManyPipeline(DiffusionPipeline):
             check_saved_pipeline(cls, folder)
             kwargs |= saved_image_encoder(folder, kwargs)
         kwargs["use_safetensors"] = True  # pickles can run code
-        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        loaded.card = read_facts(folder)
         for part in loaded.components.values():
             if isinstance(part, torch.nn.Module):
                 realigned(part)
-        return loaded  # type: ignore[return-value]
+        return loaded
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
-        """diffusers' own, in the place of what an earlier save left; `max_shard_size` is passed on to every part."""
+        """diffusers' own, in the place of what an earlier save left, with a model card (`card` holds its facts).
+
+        `max_shard_size` is passed on to every part.
+        """
         folder = Path(save_directory)
         remove_weights(folder / "vae")
         remove_weights(folder / "image_encoder", "model.safetensors")
         super().save_pretrained(folder, **kwargs)
+        write_card(self, folder)
 
     # --- inside -------------------------------------------------------------------------------------------------
 
