@@ -17,14 +17,14 @@ def encode_images(vae: AutoencoderKL, images: Tensor, generator: torch.Generator
     Returns:
         (B, C, h, w), of about unit variance (times `scaling_factor`).
     """
-    posterior = vae.encode(images.to(vae.device, vae.dtype) * 2 - 1).latent_dist  # type: ignore[union-attr]
+    posterior = vae.encode(images.to(_device(vae), vae.dtype) * 2 - 1).latent_dist  # type: ignore[union-attr]
     latents = posterior.mode() if generator is None else posterior.sample(generator)
     return (latents - _shift(vae)) * vae.config["scaling_factor"]
 
 
 def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Scaled latents (B, C, h, w) to pictures (B, 3, H, W), floats in [0, 1]."""
-    unscaled = latents.to(vae.device, vae.dtype) / vae.config["scaling_factor"] + _shift(vae)
+    unscaled = latents.to(_device(vae), vae.dtype) / vae.config["scaling_factor"] + _shift(vae)
     decoded: Tensor = vae.decode(unscaled).sample  # type: ignore[union-attr]
     return (decoded / 2 + 0.5).clamp(0, 1)
 
@@ -36,3 +36,8 @@ def pixels_per_latent(vae: AutoencoderKL) -> int:
 
 def _shift(vae: AutoencoderKL) -> float:
     return vae.config.get("shift_factor") or 0.0
+
+
+def _device(vae: AutoencoderKL) -> torch.device:
+    # an offloaded model lies on the CPU until it is called; its hook knows where it will compute
+    return getattr(getattr(vae, "_hf_hook", None), "execution_device", None) or vae.device

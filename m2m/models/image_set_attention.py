@@ -8,7 +8,7 @@ of them and what is dropped. It travels as the U-Net's `encoder_hidden_states` a
 passes, so that gradient checkpointing may run a layer twice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from m2m.errors import InputError
 from m2m.models.context import Context
+from m2m.models.flex_attention import flex_prefix_attention
+from m2m.models.int8_context import KeptContext
 
 
 def set_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -55,6 +57,10 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None
     if keep is None:
         return read
     return torch.where(keep[:, :, None, None, None], read, torch.zeros_like(read))
+
+
+TRAINING_ATTENTIONS: dict[str, Callable[..., Tensor]] = {"prefix": prefix_attention, "flex": flex_prefix_attention}
+"""Ways to compute the same in a training pass: the loop over prefixes is the reference."""
 
 
 class Reading(Protocol):
@@ -156,6 +162,7 @@ class WholeSets(_Conditioned):
     images: int
     features: Tensor | None = None  # M2M-DINO: (sets, images - 1, tokens, feature width), E_c(c) already added
     keep: Tensor | None = None  # (sets, images)
+    attention: str = "prefix"  # of TRAINING_ATTENTIONS
 
     def attend(self, attention: ImageSetAttention, hidden: Tensor) -> Tensor:
         own = self.images - 1
@@ -166,7 +173,7 @@ class WholeSets(_Conditioned):
             clean, noisy = hidden[:0], hidden
             k, v = attention.keys_and_values(self.features.to(hidden.dtype))
         q = attention.queries(noisy.unflatten(0, (self.sets, self.images)))
-        read = prefix_attention(q, k, v, self.keep).flatten(0, 1).flatten(2)
+        read = TRAINING_ATTENTIONS[self.attention](q, k, v, self.keep).flatten(0, 1).flatten(2)
         if self.features is not None:
             return read
         return torch.cat([read.new_zeros(*clean.shape[:-1], read.shape[-1]), read])
@@ -193,14 +200,14 @@ class Recording(_Conditioned):
 class FromContexts(_Conditioned):
     """A denoising pass: equal parts of the batch each read a context of their own, or none."""
 
-    contexts: Sequence[Context | None]
+    contexts: Sequence[KeptContext | None]
 
     def attend(self, attention: ImageSetAttention, hidden: Tensor) -> Tensor:
         parts = hidden.chunk(len(self.contexts))
         return torch.cat([self._read(attention, part, context) for part, context in zip(parts, self.contexts)])
 
     @staticmethod
-    def _read(attention: ImageSetAttention, hidden: Tensor, context: Context | None) -> Tensor:
+    def _read(attention: ImageSetAttention, hidden: Tensor, context: KeptContext | None) -> Tensor:
         if context is None:
             return hidden.new_zeros(*hidden.shape[:-1], attention.to_q.out_features)
         k, v = context.layer(attention.layer)

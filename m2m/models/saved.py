@@ -1,6 +1,7 @@
-"""Saved U-Nets are read strictly: every setting known, every tensor there, of the right shape, and no other.
+"""Saved models are read strictly: every setting known, every tensor there, of the right shape, and no other.
 
-Belongs here: the format of a saved U-Net's folder. Not here: whole pipelines (`m2m.pipelines.many_to_many`).
+Belongs here: the format of a saved U-Net's folder, tensors in safetensors files. Not here: whole pipelines
+(`m2m.pipelines.saved_pipeline`).
 """
 
 import inspect
@@ -63,6 +64,12 @@ def realigned(module: nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
+def remove_weights(folder: Path, weights: str = _WEIGHTS) -> None:
+    """Before a model is saved anew: what diffusers leaves of an older one, saved whole or in shards, would be read."""
+    for name in (weights, f"{weights}.index.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
 def check_saved_unet(model: type, folder: Path) -> None:
     """Refuse a folder that is not exactly a saved `model` (settings and tensors, by the files' headers alone).
 
@@ -88,8 +95,21 @@ def check_saved_unet(model: type, folder: Path) -> None:
         if key not in settings:
             raise ConfigError(f"{where}: setting {key} is missing")
     with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in model(**settings).state_dict().items()}
-    _compare(wanted, _saved_shapes(folder), folder)
+        check_saved_tensors(model(**settings), folder)
+
+
+def check_saved_tensors(model: nn.Module, folder: Path, weights: str = _WEIGHTS) -> None:
+    """Refuse a folder whose safetensors, whole or in shards, are not exactly the model's: by the files' headers alone.
+
+    Args:
+        model: on the meta device.
+        weights: the file's name where it is whole.
+
+    Raises:
+        InputError: a missing, extra or mismatched tensor, or no safetensors.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    _compare(wanted, _saved_shapes(folder, weights), folder)
 
 
 def _compare(wanted: Mapping[str, tuple[int, ...]], saved: Mapping[str, tuple[int, ...]], folder: Path) -> None:
@@ -106,10 +126,10 @@ def _compare(wanted: Mapping[str, tuple[int, ...]], saved: Mapping[str, tuple[in
             raise InputError(f"{folder}: tensor {name} has shape {saved[name]}; the config asks for {shape}")
 
 
-def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    index = folder / f"{_WEIGHTS}.index.json"
+def _saved_shapes(folder: Path, weights: str) -> dict[str, tuple[int, ...]]:
+    index = folder / f"{weights}.index.json"
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [_WEIGHTS]
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [weights]
     except (ValueError, KeyError, AttributeError):
         raise InputError(f"{index}: not an index of safetensors files") from None
     shapes: dict[str, tuple[int, ...]] = {}
@@ -118,8 +138,8 @@ def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         if not path.is_file():
             raise InputError(f"{path}: no such file; weights are read from safetensors only")
         try:
-            with safe_open(path, framework="pt") as weights:
-                shapes |= {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
+            with safe_open(path, framework="pt") as file:
+                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         except Exception as error:
             raise InputError(f"{path}: not a whole safetensors file: {error}") from None
     return shapes

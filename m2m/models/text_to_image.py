@@ -12,7 +12,6 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
-    DiffusionPipeline,
     SchedulerMixin,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -90,7 +89,10 @@ def load_text_to_image(
     given = {}
     if not (index.get("safety_checker") or [None])[0]:
         given = {"safety_checker": None, "requires_safety_checker": False}
-    pipeline = _load(StableDiffusionPipeline, folder, dtype=torch_dtype(compute), **given)
+    pipeline = _loaded(StableDiffusionPipeline, folder, dtype=torch_dtype(compute), **given)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            realigned(part)
     return pipeline.to(device)
 
 
@@ -144,12 +146,18 @@ def _part(source: str | Path, root: Path | None, part: str) -> Path:
 
 
 def _load(model: Any, folder: Path, **kwargs: Any) -> Any:
+    """A model whose every tensor comes from the folder: what is missing would be left to chance, with a warning."""
+    loaded, found = _loaded(model, folder, output_loading_info=True, **kwargs)
+    for fault in ("missing", "mismatched", "unexpected"):
+        if names := sorted(str(name) for name in found.get(f"{fault}_keys") or ()):
+            raise InputError(f"{folder}: tensor {names[0]} is {fault} ({len(names)} are) for a {model.__name__}")
+    realigned(loaded)
+    return loaded
+
+
+def _loaded(model: Any, folder: Path, **kwargs: Any) -> Any:
     try:
-        loaded = model.from_pretrained(folder, use_safetensors=True, local_files_only=True, **kwargs)
+        return model.from_pretrained(folder, use_safetensors=True, local_files_only=True, **kwargs)
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{folder}: can't be loaded as {model.__name__}: {first}") from None
-    for part in loaded.components.values() if isinstance(loaded, DiffusionPipeline) else [loaded]:
-        if isinstance(part, torch.nn.Module):
-            realigned(part)
-    return loaded

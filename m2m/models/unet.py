@@ -4,6 +4,7 @@ Belongs here: the network, its passes (training, encoding a context, denoising) 
 model. Not here: the attention itself (`image_set_attention`), strict reading of files (`saved`), sampling (pipelines).
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,18 +13,27 @@ import torch
 from diffusers import ModelMixin as ModelMixin  # DiffusionPipeline looks here for how a part's class is loaded
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from m2m.errors import ConfigError, InputError
 from m2m.models.conditions import ConditionEmbedder
 from m2m.models.context import Context
-from m2m.models.image_set_attention import FromContexts, ImageSetAttention, Reading, Recording, WholeSets
+from m2m.models.image_set_attention import (
+    TRAINING_ATTENTIONS,
+    FromContexts,
+    ImageSetAttention,
+    Reading,
+    Recording,
+    WholeSets,
+)
+from m2m.models.int8_context import KeptContext
 from m2m.models.origin import Origin, many_to_many_config, model_from, new_model
-from m2m.models.saved import FORMAT_VERSION, check_saved_unet, config_keys, realigned
+from m2m.models.saved import FORMAT_VERSION, check_saved_unet, config_keys, realigned, remove_weights
 
 VARIANTS = {"self": "M2M-Self", "dino": "M2M-DINO"}
 Variant = Literal["self", "dino"]
-Branch = tuple[Context | None, Tensor | None]
+Branch = tuple[KeptContext | None, Tensor | None]
 """What one prediction is given: preceding images and the target's condition, (sets, numbers); None drops either."""
 
 # Settings of diffusers' U-Net that would give it inputs or layers which M2M does not know.
@@ -93,6 +103,7 @@ class ManyToManyUNet(UNet2DConditionModel):
             format_version=format_version,
         )
         self.origin: Origin | None = None
+        self._training_attention = "prefix"
         layers: list[ImageSetAttention] = []
         for module in self.modules():
             if isinstance(module, BasicTransformerBlock) and module.attn2 is not None:
@@ -116,6 +127,19 @@ class ManyToManyUNet(UNet2DConditionModel):
     def feature_dim(self) -> int:
         """Width of the features that M2M-DINO reads."""
         return self._image_set_layers[0].context_dim
+
+    def set_training_attention(self, kind: str) -> None:
+        """How `training_forward` attends: "prefix", a loop over images (the default and the reference), or "flex".
+
+        FlexAttention's fused kernel needs a GPU to be trained with. The results are equal but for rounding, and the
+        choice is not part of the model: it is not saved.
+
+        Raises:
+            ConfigError: another kind.
+        """
+        if kind not in TRAINING_ATTENTIONS:
+            raise ConfigError(f"training attention {kind!r} is not known. There are: {', '.join(TRAINING_ATTENTIONS)}")
+        self._training_attention = kind
 
     # --- passes -------------------------------------------------------------------------------------------------
 
@@ -171,10 +195,18 @@ class ManyToManyUNet(UNet2DConditionModel):
         shifts, feature_shift = self._embed_training(condition, keep_condition)
         if self.variant == "dino" and feature_shift is not None:
             read = read + feature_shift
-        reading = WholeSets(sets, images, features=read if self.variant == "dino" else None, keep=keep, shifts=shifts)
+        reading = WholeSets(
+            sets,
+            images,
+            features=read if self.variant == "dino" else None,
+            keep=keep,
+            attention=self._training_attention,
+            shifts=shifts,
+        )
         predicted = self._pass(rows, times, reading)[-sets * images :]
         return predicted.unflatten(0, (sets, images))
 
+    @apply_forward_hook
     def encode_context(
         self, images: Tensor, condition: Tensor | None = None, timestep: int | Tensor | None = None
     ) -> Context:
@@ -204,7 +236,11 @@ class ManyToManyUNet(UNet2DConditionModel):
         return recording.context()
 
     def denoise(
-        self, noisy: Tensor, timestep: int | Tensor, context: Context | None = None, condition: Tensor | None = None
+        self,
+        noisy: Tensor,
+        timestep: int | Tensor,
+        context: KeptContext | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """The noise of one image of every set, given its context (or none) and its own condition (or none).
 
@@ -218,6 +254,7 @@ class ManyToManyUNet(UNet2DConditionModel):
         """
         return self.denoise_branches(noisy, timestep, [(context, condition)])[0]
 
+    @apply_forward_hook
     def denoise_branches(self, noisy: Tensor, timestep: int | Tensor, branches: Sequence[Branch]) -> list[Tensor]:
         """Several predictions for the same noisy images in one pass: what guidance needs (Eqs. 6 and 7)."""
         sets, count = noisy.shape[0], len(branches)
@@ -301,6 +338,12 @@ class ManyToManyUNet(UNet2DConditionModel):
         if isinstance(loaded, ManyToManyUNet):  # not where output_loading_info is asked for
             realigned(loaded)
         return loaded  # type: ignore[return-value]
+
+    @functools.wraps(UNet2DConditionModel.save_pretrained)  # pipelines pass on what they find in the signature
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        # diffusers' own, in the place of what an earlier save left
+        remove_weights(Path(save_directory))
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:

@@ -27,6 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-scale", type=float, default=7.5, help="s of Eq. 6, s_I of Eq. 7 (default: 7.5)")
     parser.add_argument("--condition-guidance-scale", type=float, help="s_C of Eq. 7; the guidance scale by default")
     parser.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("START", "STOP"),
+        help="shares of the steps between which there is guidance, 0 to 1 (default: all); the others cost half",
+    )
+    parser.add_argument(
         "--conditions",
         type=Path,
         help='JSON for a fine-tuned model: {"preceding": [[...], ...], "target": [[...], ...]}, a row for each image: '
@@ -34,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--context-window", type=int, help="read at most so many preceding images (W)")
     parser.add_argument("--context-sink", type=int, default=0, help="how many of them are always the first")
+    parser.add_argument("--int8-context", action="store_true", help="halve the memory that preceding images hold")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
@@ -57,8 +65,10 @@ def main(args: argparse.Namespace) -> None:
         num_inference_steps=args.steps,
         guidance_scale=args.guidance_scale,
         condition_guidance_scale=args.condition_guidance_scale,
+        guidance_interval=tuple(args.guidance_interval) if args.guidance_interval else None,
         context_window=args.context_window,
         context_sink=args.context_sink,
+        int8_context=args.int8_context,
         generator=torch.Generator("cpu").manual_seed(args.seed),
         **conditions,
     )

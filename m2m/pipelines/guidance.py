@@ -1,6 +1,7 @@
 """Classifier-free guidance of the paper: one scale for preceding images (Eq. 6), a second for a condition (Eq. 7).
 
-Belongs here: which predictions are needed and how they are weighted. Not here: making them (`ManyToManyUNet`).
+Belongs here: in which steps there is guidance, which predictions it needs and how they are weighted. Not here: making
+them (`ManyToManyUNet`).
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from m2m.models.context import Context
+from m2m.errors import InputError
+from m2m.models.int8_context import KeptContext
+
+Interval = tuple[float, float]
+"""Shares of the steps between which there is guidance: (0, 1) is all of them, (0, 0.4) the noisiest two fifths."""
 
 
 @dataclass(frozen=True)
@@ -17,15 +22,29 @@ class Prediction:
     """One prediction and its weight in the sum; the weights of one sum add up to 1."""
 
     weight: float
-    context: Context | None
+    context: KeptContext | None
     condition: Tensor | None
+
+
+def guided_steps(steps: int, interval: Interval | None) -> range:
+    """Numbers of the steps with guidance; the others take the conditional prediction as it is, at half the cost.
+
+    Guidance in an interval of noise levels is Kynkäänniemi et al., 2024; the paper guides every step (None).
+
+    Raises:
+        InputError: not 0 <= start <= stop <= 1.
+    """
+    start, stop = interval or (0.0, 1.0)
+    if not 0 <= start <= stop <= 1:
+        raise InputError(f"guidance_interval=({start}, {stop}): expected shares of the steps, 0 <= start <= stop <= 1")
+    return range(round(start * steps), round(stop * steps))
 
 
 def guided_predictions(
     *,
-    null: Context | None,
-    images: Context | None,
-    both: Context | None,
+    null: KeptContext | None,
+    images: KeptContext | None,
+    both: KeptContext | None,
     condition: Tensor | None,
     guidance_scale: float,
     condition_guidance_scale: float | None = None,

@@ -3,11 +3,13 @@
 Belongs here: the pipeline, its arguments, its folder. Not here: guidance, windows and pictures (beside this module).
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
@@ -18,23 +20,33 @@ from transformers import Dinov2Model
 from m2m.config import Compute
 from m2m.errors import ArtifactError, ConfigError, InputError
 from m2m.generation.features import dino_preprocess
-from m2m.models.autoencoder import decode_latents, encode_images, pixels_per_latent
-from m2m.models.saved import read_json, realigned
+from m2m.models.autoencoder import encode_images, pixels_per_latent
+from m2m.models.saved import read_json, realigned, remove_weights
 from m2m.models.text_to_image import start_compute, torch_dtype
 from m2m.models.unet import VARIANTS, ManyToManyUNet
-from m2m.pipelines.arguments import Generators, count_sets, image_size, initial_noise, paired_conditions
-from m2m.pipelines.guidance import guided_predictions, weighted_sum
-from m2m.pipelines.pictures import Pictures, as_pil, as_sets
-from m2m.pipelines.preceding import PrecedingImages
+from m2m.pipelines.arguments import (
+    Generators,
+    count_sets,
+    image_size,
+    initial_noise,
+    paired_conditions,
+    preceding_sets,
+)
+from m2m.pipelines.guidance import Interval, guided_steps
+from m2m.pipelines.model_card import CardFacts, read_facts, write_card
+from m2m.pipelines.pictures import Pictures, as_output, as_sets
+from m2m.pipelines.rollout import Rollout
+from m2m.pipelines.saved_pipeline import FORMAT_VERSION, check_saved_pipeline, saved_image_encoder
+from m2m.pipelines.schedulers import check_scheduler
 
-FORMAT_VERSION = 1
+_OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 @dataclass
 class ManyToManyPipelineOutput(BaseOutput):
-    """Generated images: a list for every set, or a tensor (sets, images, ...)."""
+    """Generated images: a list for every set, or a tensor or array (sets, images, ...)."""
 
-    images: list[list[Image.Image]] | Tensor
+    images: list[list[Image.Image]] | Tensor | np.ndarray
 
 
 class ManyToManyPipeline(DiffusionPipeline):
@@ -74,6 +86,8 @@ class ManyToManyPipeline(DiffusionPipeline):
             ConfigError: parts that don't belong together, or another format.
         """
         super().__init__()
+        self.card = CardFacts()
+        """What the model card says when the pipeline is saved."""
         if format_version != FORMAT_VERSION:
             raise ConfigError(f"format_version {format_version} of a pipeline: this version reads {FORMAT_VERSION}")
         if (unet.variant == "dino") != (image_encoder is not None):
@@ -109,47 +123,66 @@ class ManyToManyPipeline(DiffusionPipeline):
         images: Pictures | None = None,
         num_images: int = 1,
         *,
-        preceding: Tensor | None = None,
+        preceding: Tensor | Sequence[Tensor] | None = None,
         condition: Tensor | Sequence[Tensor] | None = None,
         target_condition: Tensor | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
         condition_guidance_scale: float | None = None,
+        guidance_interval: Interval | None = None,
         context_window: int | None = None,
         context_sink: int | None = None,
+        int8_context: bool = False,
         height: int | None = None,
         width: int | None = None,
         generator: Generators = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
         callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
-    ) -> ManyToManyPipelineOutput:
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        return_dict: bool = True,
+    ) -> ManyToManyPipelineOutput | tuple[Any]:
         """Generate `num_images` images for every set of preceding images.
 
         Args:
             images: preceding images: a list of PIL images (one set), a list of lists (sets of any lengths), or
-                (sets, W, 3, H, W) floats in [0, 1]. None or an empty list: no preceding images.
+                (sets, W, 3, H, W) floats in [0, 1], or a list of such tensors without the first axis. None or an
+                empty list: no preceding images.
             preceding: in place of `images`, what the U-Net reads of them: scaled latents (sets, W, C, h, w) for
-                M2M-Self, DINO features (sets, W, tokens, width) for M2M-DINO.
+                M2M-Self, DINO features (sets, W, tokens, width) for M2M-DINO; or a list of tensors, one for each set.
             condition: of the preceding images, (sets, W, numbers); a list of (W, numbers) for sets of unequal lengths.
             target_condition: of the images to make, (sets, num_images, numbers). Poses are relative to the first
                 preceding image.
             guidance_scale: s of Eq. 6, s_I of Eq. 7; 1 guides nothing.
-            condition_guidance_scale: s_C of Eq. 7; s_I where None.
-            context_window: W: how many preceding images, given and made, a target reads.
+            condition_guidance_scale: s_C of Eq. 7; s_I where None. 0 leaves the condition out.
+            guidance_interval: shares of the steps, (start, stop), between which there is guidance: (0, 0.4) guides the
+                noisiest two fifths. The other steps cost half: they take the conditional prediction. None: all steps.
+            context_window: W: how many preceding images, given and made, a target reads. Where more are given, the
+                oldest are not read, and a warning says so.
             context_sink: how many of them are always the first ones, so that a long rollout keeps real images in sight.
+            int8_context: keep what was computed of preceding images in bytes: about half the memory of half precision,
+                for an error well below 1 % of a prediction (benchmarks/int8_context.py).
             height, width: of the images, in pixels.
             generator: one for all, or one for each set (then a set's images don't depend on the other sets).
             latents: initial noise, (sets, num_images, C, h, w), in place of `generator`.
-            output_type: "pil", "pt" ((sets, num_images, 3, H, W) floats in [0, 1]) or "latent" (scaled latents).
+            output_type: "pil", "np" ((sets, num_images, H, W, 3) floats in [0, 1]), "pt" ((sets, num_images, 3, H, W)
+                floats in [0, 1]) or "latent" (scaled latents).
             callback_on_step_end: called as `callback(pipeline, step, timestep, {"latents": ...})`; steps count on from
-                image to image. May return other latents.
+                image to image. May return other latents. Sets with equally many preceding images are made together,
+                one such group after another, each counting from 0.
+            callback_on_step_end_tensor_inputs: what the callback is given: "latents" or nothing.
+            return_dict: False gives a tuple of the images alone.
 
         Raises:
             InputError: arguments that don't fit the model or each other.
         """
-        if output_type not in ("pil", "pt", "latent"):
-            raise InputError(f"output_type {output_type!r} is not known. There are: pil, pt, latent")
+        if output_type not in _OUTPUT_TYPES:
+            raise InputError(f"output_type {output_type!r} is not known. There are: {', '.join(_OUTPUT_TYPES)}")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise InputError(f"callback_on_step_end_tensor_inputs: {unknown[0]!r} is not known. There is: latents")
+        check_scheduler(self.scheduler)
+        guided_steps(num_inference_steps, guidance_interval)
         if num_images < 1 or num_inference_steps < 1:
             raise InputError(f"num_images={num_images}, num_inference_steps={num_inference_steps}: at least 1 of each")
         if images is not None and preceding is not None:
@@ -158,47 +191,60 @@ class ManyToManyPipeline(DiffusionPipeline):
         sized = preceding if latents is None and self.unet.variant == "self" else latents
         size = image_size(scale, self.unet.config["sample_size"], images, sized, height, width)
         if preceding is not None:
-            sets = list(preceding.to(device, self.unet.dtype))
+            sets = preceding_sets(self.unet, preceding, device)
         elif images is not None:
             sets = [one.to(device) for one in as_sets(images, size)]
         else:
             sets = [torch.zeros(0, 3, *size, device=device)] * count_sets(latents, target_condition, generator)
-        conditions = paired_conditions(self.unet, condition, target_condition, sets, num_images)
+        conditions = paired_conditions(
+            self.unet, condition, target_condition, sets, num_images, condition_guidance_scale
+        )
         shape = (len(sets), num_images, self.unet.config["in_channels"], size[0] // scale, size[1] // scale)
         noise = initial_noise(shape, latents, generator, device)
         window = self.config["context_window"] if context_window is None else context_window
         sink = self.config["context_sink"] if context_sink is None else context_sink
+        _say_what_is_not_read(sets, window)
+
+        def step_end(step: int, timestep: Any, latents: Tensor) -> Tensor:
+            if callback_on_step_end is None:
+                return latents
+            given = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
+            return (callback_on_step_end(self, step, timestep, given) or {}).get("latents", latents)
 
         made: dict[int, tuple[Tensor, Tensor | None]] = {}
         groups = _equal_lengths(sets)
-        total = len(groups) * num_images * num_inference_steps
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        total = len(groups) * num_images * len(self.scheduler.timesteps)
         with self.progress_bar(total=total) as progress:  # type: ignore[call-arg]
             for members in groups:
                 given = torch.stack([sets[member] for member in members])
-                rollout = _Rollout(
+                rollout = Rollout(
                     noise=noise[members],
                     steps=num_inference_steps,
                     condition=None if conditions is None else torch.stack([conditions[0][m] for m in members]),
                     target=None if conditions is None else conditions[1][members],
                     images_scale=guidance_scale,
                     condition_scale=condition_guidance_scale,
+                    interval=guidance_interval,
                     window=window,
                     sink=sink,
+                    int8=int8_context,
                     generator=[generator[m] for m in members] if isinstance(generator, list | tuple) else generator,
                     decode=output_type != "latent",
                     tick=progress.update,
-                    callback=callback_on_step_end,
+                    callback=step_end,
                 )
                 clean = given if preceding is not None else self._encoded(given)
-                latent, decoded = self._generate(clean, rollout)
+                latent, decoded = rollout.generate(self, clean)
                 for place, member in enumerate(members):
                     made[member] = latent[place], None if decoded is None else decoded[place]
         self.maybe_free_model_hooks()
         ordered = [made[number] for number in range(len(sets))]
         if output_type == "latent":
-            return ManyToManyPipelineOutput(images=torch.stack([latent for latent, _ in ordered]))
-        pictures = torch.stack([picture for _, picture in ordered if picture is not None])
-        return ManyToManyPipelineOutput(images=pictures if output_type == "pt" else [as_pil(one) for one in pictures])
+            found = torch.stack([latent for latent, _ in ordered])
+        else:
+            found = as_output(torch.stack([picture for _, picture in ordered if picture is not None]), output_type)
+        return ManyToManyPipelineOutput(images=found) if return_dict else (found,)
 
     def encode(self, images: Tensor) -> Tensor:
         """What the U-Net reads of pictures (B, 3, H, W), floats in [0, 1].
@@ -223,70 +269,30 @@ class ManyToManyPipeline(DiffusionPipeline):
         Raises:
             InputError, ConfigError: what does not belong into the folder, or is missing there, by name.
         """
-        if Path(pretrained_model_name_or_path).is_dir():
-            _check_saved_pipeline(Path(pretrained_model_name_or_path))
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir():
+            check_saved_pipeline(cls, folder)
+            kwargs |= saved_image_encoder(folder, kwargs)
         kwargs["use_safetensors"] = True  # pickles can run code
-        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        loaded.card = read_facts(folder)
         for part in loaded.components.values():
             if isinstance(part, torch.nn.Module):
                 realigned(part)
-        return loaded  # type: ignore[return-value]
+        return loaded
 
-    # --- one group of sets with equally many preceding images ---------------------------------------------------
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+        """diffusers' own, in the place of what an earlier save left, with a model card (`card` holds its facts).
 
-    def _generate(self, clean: Tensor, rollout: "_Rollout") -> tuple[Tensor, Tensor | None]:
-        """Latents (sets, n, C, h, w) and, where they are wanted, pictures of one image after another."""
-        three = rollout.target is not None and rollout.condition_scale not in (None, rollout.images_scale)
-        memory = PrecedingImages(
-            self.unet,
-            rollout.window,
-            rollout.sink,
-            with_condition=rollout.target is not None,
-            without_condition=rollout.target is None or three,
-        )
-        memory.add(clean, rollout.condition)
-        latents, pictures = [], []
-        count = rollout.noise.shape[1]
-        for number in range(count):
-            target = None if rollout.target is None else rollout.target[:, number]
-            latents.append(self._denoise(rollout, number, target, memory))
-            is_read = number < count - 1
-            if rollout.decode or (is_read and self.unet.variant == "dino"):
-                pictures.append(decode_latents(self.vae, latents[-1]))
-            if is_read:
-                # a latent is read as it was made: encoding its picture again would only lose detail
-                read = latents[-1].to(self.unet.dtype) if self.unet.variant == "self" else self.encode(pictures[-1])
-                memory.add(read[:, None], None if target is None else target[:, None])
-        return torch.stack(latents, 1), torch.stack(pictures, 1) if rollout.decode else None
+        `max_shard_size` is passed on to every part.
+        """
+        folder = Path(save_directory)
+        remove_weights(folder / "vae")
+        remove_weights(folder / "image_encoder", "model.safetensors")
+        super().save_pretrained(folder, **kwargs)
+        write_card(self, folder)
 
-    def _denoise(self, rollout: "_Rollout", number: int, target: Tensor | None, memory: PrecedingImages) -> Tensor:
-        self.scheduler.set_timesteps(rollout.steps, device=self._execution_device)
-        latents = rollout.noise[:, number] * self.scheduler.init_noise_sigma
-        null = self.unet.null_context(latents.to(self.unet.dtype)) if rollout.guided else None
-        for step, timestep in enumerate(self.scheduler.timesteps):
-            both, images = memory.contexts(timestep)
-            predictions = guided_predictions(
-                null=null if both or images else None,
-                images=images,
-                both=both,
-                condition=target,
-                guidance_scale=rollout.images_scale,
-                condition_guidance_scale=rollout.condition_scale,
-            )
-            noisy = self.scheduler.scale_model_input(latents, timestep).to(self.unet.dtype)
-            branches = [(prediction.context, prediction.condition) for prediction in predictions]
-            noise = weighted_sum(
-                [prediction.weight for prediction in predictions],
-                self.unet.denoise_branches(noisy, timestep, branches),
-            )
-            latents = self.scheduler.step(
-                noise, timestep, latents, **rollout.step_arguments(self.scheduler)
-            ).prev_sample
-            if rollout.callback is not None:
-                outputs = rollout.callback(self, number * rollout.steps + step, timestep, {"latents": latents}) or {}
-                latents = outputs.get("latents", latents)
-            rollout.tick()
-        return latents
+    # --- inside -------------------------------------------------------------------------------------------------
 
     def _encoded(self, pictures: Tensor) -> Tensor:
         """(sets, W, 3, H, W) -> what the U-Net reads, (sets, W, ...)."""
@@ -294,33 +300,6 @@ class ManyToManyPipeline(DiffusionPipeline):
         if count == 0:  # of no images: shapes after the second do not matter
             return pictures
         return self.encode(pictures.flatten(0, 1)).to(self.unet.dtype).unflatten(0, (sets, count))
-
-
-@dataclass(frozen=True)
-class _Rollout:
-    """What one group of sets is generated with; tensors as in `ManyToManyPipeline.__call__`."""
-
-    noise: Tensor
-    steps: int
-    condition: Tensor | None
-    target: Tensor | None
-    images_scale: float
-    condition_scale: float | None
-    window: int | None
-    sink: int
-    generator: Any
-    decode: bool
-    tick: Callable[[], Any]
-    callback: Callable[..., dict[str, Any]] | None
-
-    @property
-    def guided(self) -> bool:
-        return self.images_scale != 1
-
-    def step_arguments(self, scheduler: Any) -> dict[str, Any]:
-        """DDIM without added noise needs none; samplers that draw noise get the generator."""
-        draws = "generator" in scheduler.step.__code__.co_varnames
-        return {"generator": self.generator} if draws and self.generator is not None else {}
 
 
 def load_pipeline(folder: str | Path, variant: str | None = None, compute: Compute | None = None) -> ManyToManyPipeline:
@@ -350,24 +329,13 @@ def load_pipeline(folder: str | Path, variant: str | None = None, compute: Compu
     return pipeline.to(device)
 
 
-def _check_saved_pipeline(folder: Path) -> None:
-    path = folder / "model_index.json"
-    index = read_json(path)
-    if index.get("_class_name") != ManyToManyPipeline.__name__:
-        raise ConfigError(f"{path}: a {index.get('_class_name')}, not a {ManyToManyPipeline.__name__}")
-    if index.get("format_version") != FORMAT_VERSION:
-        raise ConfigError(f"{path}: format_version {index.get('format_version')}; this version reads {FORMAT_VERSION}")
-    modules, settings = ManyToManyPipeline._get_signature_keys(ManyToManyPipeline)
-    known = {*modules, *settings}
-    for key in index:
-        if key not in known and not key.startswith("_"):
-            raise ConfigError(f"{path}: {key} is not a part or a setting of {ManyToManyPipeline.__name__}")
-    for key in sorted(known):
-        if key not in index:
-            raise ConfigError(f"{path}: {key} is missing")
-    for part in sorted(modules):
-        if index[part][0] is not None and not (folder / part).is_dir():
-            raise InputError(f"{folder / part}: no such folder; {path} names it")
+def _say_what_is_not_read(sets: Sequence[Tensor], window: int | None) -> None:
+    most = max(len(images) for images in sets)
+    if window is not None and most > window:
+        warnings.warn(
+            f"{most} preceding images are given, context_window={window} lets a target read {window} of them",
+            stacklevel=4,
+        )
 
 
 def _equal_lengths(sets: Sequence[Tensor]) -> list[list[int]]:

@@ -3,11 +3,13 @@
 Belongs here: adding images, the context window, contexts with and without conditions. Not here: pictures.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from m2m.errors import InputError
-from m2m.models.context import Context
+from m2m.models.int8_context import Int8Context, KeptContext
 from m2m.models.unet import ManyToManyUNet
 
 
@@ -21,15 +23,17 @@ class PrecedingImages:
         sink: int = 0,
         with_condition: bool = False,
         without_condition: bool = True,
+        int8: bool = False,
     ) -> None:
         """
         Args:
             window: the paper's W: at most so many images are read; None reads all.
             sink: how many of them are always the first ones; the others are the newest.
             with_condition, without_condition: which of the two contexts guidance will ask for.
+            int8: keep contexts in bytes.
 
         Raises:
-            InputError: a window that can't hold its sink.
+            InputError: a window that can't hold its sink, or int8 for a model that keeps nothing from step to step.
         """
         if sink < 0 or (window is not None and window < sink):
             raise InputError(f"context_window={window} can't hold context_sink={sink} images")
@@ -37,9 +41,15 @@ class PrecedingImages:
         self._recent = None if window is None else window - sink
         self._sink = sink
         self._kinds = [kind for kind, wanted in ((True, with_condition), (False, without_condition)) if wanted]
-        self._contexts: dict[bool, Context] = {}
+        self._contexts: dict[bool, KeptContext] = {}
         # a model whose clean images share the noisy ones' timestep has nothing that lasts longer than a step
         self._forgetful = unet.variant == "self" and unet.config["clean_timestep"] is None
+        if int8 and self._forgetful:
+            raise InputError(
+                "int8_context: this model's clean images share the timestep of the noisy ones (clean_timestep is "
+                "None), so that there is no context to keep from step to step"
+            )
+        self._int8 = int8
         self._clean: Tensor | None = None
         self._conditions: Tensor | None = None
 
@@ -61,12 +71,15 @@ class PrecedingImages:
             return
         for kind in self._kinds:
             newer = self._unet.encode_context(clean, condition if kind else None)
-            context = self._contexts[kind].append(newer) if kind in self._contexts else newer
+            if self._int8:
+                newer = Int8Context.of(newer)
+            older: Any = self._contexts.get(kind)  # of the kind of `newer`
+            context = newer if older is None else older.append(newer)
             kept = context if self._recent is None else context.window(self._recent, self._sink)
             if kept is not None:
                 self._contexts[kind] = kept
 
-    def contexts(self, timestep: Tensor) -> tuple[Context | None, Context | None]:
+    def contexts(self, timestep: Tensor) -> tuple[KeptContext | None, KeptContext | None]:
         """What targets read at a step: (with conditions, without); None where there is no image."""
         if self._forgetful and self._clean is not None:
             self._contexts = {

@@ -63,6 +63,30 @@ def test_shards_are_read(make_unet, tmp_path):
     assert all(torch.equal(tensor, state[name]) for name, tensor in unet.state_dict().items())
 
 
+def test_saving_anew_leaves_nothing_of_the_earlier_save(make_unet, tmp_path):
+    """diffusers would leave an index of shards that are gone, or a whole file beside newer shards."""
+    unet = make_unet("self")
+    for sizes in ("100KB", "10GB", "100KB"):
+        unet.save_pretrained(tmp_path, max_shard_size=sizes)
+        whole, sharded = (tmp_path / WEIGHTS).exists(), (tmp_path / f"{WEIGHTS}.index.json").exists()
+        assert (whole, sharded) == (sizes == "10GB", sizes == "100KB")
+        state = ManyToManyUNet.from_pretrained(tmp_path).state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in unet.state_dict().items())
+
+
+def test_a_missing_shard_and_a_tensor_missing_in_a_shard_are_named(make_unet, tmp_path):
+    make_unet("self").save_pretrained(tmp_path, max_shard_size="100KB")
+    shard = sorted(tmp_path.glob("*-00001-of-*.safetensors"))[0]
+    state = load_file(shard)
+    gone = sorted(state)[0]
+    save_file({name: tensor for name, tensor in state.items() if name != gone}, shard)
+    with pytest.raises(InputError, match=rf"tensor {gone} is missing"):
+        ManyToManyUNet.from_pretrained(tmp_path)
+    shard.unlink()
+    with pytest.raises(InputError, match=f"{shard.name}: no such file"):
+        ManyToManyUNet.from_pretrained(tmp_path)
+
+
 def test_a_missing_tensor_is_named(saved):
     change_weights(saved, lambda state: state.pop("conv_in.bias"))
     with pytest.raises(InputError, match=r"tensor conv_in\.bias is missing"):

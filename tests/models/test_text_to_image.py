@@ -1,12 +1,14 @@
 """What M2M starts from is found, loaded safely, or refused by name."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, Dinov2Config, Dinov2Model
 
 import m2m.data
@@ -106,6 +108,32 @@ def test_a_dino_is_loaded_and_another_kind_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     with pytest.raises(InputError, match="model_type is 'vit'"):
         load_dino(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda state, name: state.pop(name), "missing"),
+        (lambda state, name: state.update({f"{name}.more": torch.zeros(1)}), "unexpected"),
+    ],
+)
+def test_no_tensor_is_left_to_chance_or_left_over(folder, tmp_path, change, fault):
+    """diffusers and transformers start what is missing anew, and ignore what is left over, with a warning at most."""
+    Dinov2Model(Dinov2Config(image_size=16, patch_size=8, hidden_size=20, num_hidden_layers=1)).save_pretrained(
+        tmp_path / "dino"
+    )
+    shutil.copytree(folder, tmp_path / "sd")
+    for load, source, file, name in (
+        (load_unet, "sd", "unet/diffusion_pytorch_model.safetensors", "conv_in.bias"),
+        (load_vae, "sd", "vae/diffusion_pytorch_model.safetensors", "encoder.conv_in.bias"),
+        (load_dino, "dino", "model.safetensors", "layernorm.bias"),
+    ):
+        path = tmp_path / source / file
+        state = load_file(path)
+        change(state, name)
+        save_file(state, path, {"format": "pt"})
+        with pytest.raises(InputError, match=f"{name}.* is {fault}"):
+            load(tmp_path / source)
 
 
 def test_what_is_not_there_is_named(folder, tmp_path):

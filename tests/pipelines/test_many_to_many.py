@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook
 from PIL import Image
 
 from m2m.errors import InputError
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* preceding images are given")
 STEPS: dict[str, Any] = {"num_inference_steps": 3}
 EXACT: dict[str, Any] = {"atol": 5e-5, "rtol": 1e-4}
 
@@ -127,11 +129,31 @@ def test_a_shared_timestep_and_zeroed_latents_are_options(make_pipeline, picture
     assert (found[0] - found[1]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("variant", ["self", "dino"])
+def test_a_context_in_bytes_changes_little_and_is_kept_as_any(make_pipeline, pictures, variant, encoder_calls):
+    pipeline, start = make_pipeline(variant), noise(1, 3)
+    exact = latents(pipeline, pictures(), num_images=3, latents=start, guidance_scale=2.0)
+    encoder_calls.clear()
+    given = {"latents": start, "guidance_scale": 2.0, "int8_context": True}
+    found = latents(pipeline, pictures(), num_images=3, **given)
+    assert sum(encoder_calls) == 4 + 2
+    assert 0 < (found - exact).norm() < 2e-2 * exact.norm()
+    windowed = latents(pipeline, pictures(), context_window=2, num_images=3, **given)
+    torch.testing.assert_close(
+        windowed[:, :1], latents(pipeline, pictures()[:, 2:], **{**given, "latents": start[:, :1]}), **EXACT
+    )
+    if variant == "self":
+        with pytest.raises(InputError, match="no context to keep"):
+            latents(make_pipeline("self", clean_timestep=None), pictures(), int8_context=True)
+
+
 def test_kinds_of_output(make_pipeline, pictures, to_pil):
     pipeline, start = make_pipeline(), noise(2, 2)
     tensor = pipeline(pictures(2), num_images=2, latents=start, output_type="pt", **STEPS).images
     assert tensor.shape == (2, 2, 3, 16, 16)
     assert tensor.min() >= 0 and tensor.max() <= 1
+    (arrays,) = pipeline(pictures(2), num_images=2, latents=start, output_type="np", return_dict=False, **STEPS)
+    assert torch.equal(torch.from_numpy(arrays), tensor.movedim(2, -1))
     pil = pipeline([to_pil(one) for one in pictures(2)], num_images=2, latents=start, **STEPS).images
     assert [len(one) for one in pil] == [2, 2]
     assert pil[1][1].size == (16, 16)
@@ -160,11 +182,21 @@ def test_the_callback_sees_every_step_and_may_change_it(make_pipeline, pictures)
     ("given", "match"),
     [
         ({"num_images": 0}, "at least 1"),
-        ({"output_type": "np"}, "pil, pt, latent"),
+        ({"output_type": "gif"}, "pil, np, pt, latent"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "'noise' is not known"),
         ({"images": [["a"]]}, r"images\[0\]\[0\] is a str"),
         ({"images": torch.full((1, 2, 3, 16, 16), 2.0)}, r"floats in \[0, 1\]"),
+        ({"images": torch.full((1, 2, 3, 16, 16), torch.nan)}, "NaN"),
+        ({"images": torch.zeros(1, 2, 3, 16, 16, dtype=torch.uint8)}, "torch.uint8: expected floats"),
         ({"images": torch.zeros(2, 3, 16, 16)}, r"expected \(sets, images"),
+        ({"images": [torch.zeros(1, 3, 16, 16), torch.zeros(2, 3, 8, 16)]}, r"\(8, 16\) pixels; \(16, 16\) are asked"),
+        ({"images": torch.zeros(1, 2, 3, 16, 16), "height": 18}, r"\(16, 16\) pixels; \(18, 16\) are asked"),
         ({"height": 17}, "multiples of 2"),
+        ({"latents": torch.full((1, 1, 4, 8, 8), torch.inf)}, "latents holds NaN or infinite"),
+        ({"preceding": torch.full((1, 2, 4, 8, 8), torch.nan)}, r"preceding\[0\] holds NaN"),
+        ({"preceding": torch.zeros(1, 2, 5, 20)}, "M2M-Self reads scaled latents"),
+        ({"preceding": torch.zeros(1, 2, 3, 8, 8)}, "with 4 on axis 1"),
+        ({"preceding": [torch.zeros(1, 4, 8, 8), torch.zeros(2, 4, 4, 8)]}, "in the number of images only"),
         ({"latents": torch.zeros(1, 2, 4, 8, 8)}, r"expected \(1, 1, 4, 8, 8\)"),
         ({"images": torch.rand(2, 2, 3, 16, 16), "generator": [torch.Generator()]}, "1 generators for 2 sets"),
         ({"target_condition": torch.zeros(1, 1, 12)}, "takes no condition"),
@@ -183,5 +215,85 @@ def test_conditions_that_do_not_fit_are_refused(make_pipeline, pictures):
         pipeline(pictures(), condition=steps, **STEPS)
     with pytest.raises(InputError, match=r"expected \(4, 1\)"):
         pipeline(pictures(), condition=steps[:, :3], target_condition=torch.full((1, 1, 1), 4.0), **STEPS)
+    with pytest.raises(InputError, match=r"position.* holds NaN"):
+        pipeline(pictures(), condition=steps / 0, target_condition=torch.full((1, 1, 1), 4.0), **STEPS)
     made = pipeline(pictures(), 2, condition=steps, target_condition=torch.tensor([[[4.0], [5.0]]]), **STEPS)
     assert len(made.images[0]) == 2
+
+
+def test_a_fine_tuned_model_wants_its_condition_or_is_told_to_leave_it_out(make_pipeline, pictures):
+    pipeline, start = make_pipeline("self", "position"), noise(1, 1)
+    with pytest.raises(InputError, match="fine-tuned for a position condition: give target_condition"):
+        pipeline(pictures(), latents=start, **STEPS)
+    steps, target = torch.arange(4.0).view(1, 4, 1), torch.full((1, 1, 1), 4.0)
+    without = latents(pipeline, pictures(), latents=start, condition_guidance_scale=0)
+    given = {"condition": steps, "target_condition": target, "condition_guidance_scale": 0}
+    torch.testing.assert_close(without, latents(pipeline, pictures(), latents=start, **given), **EXACT)
+
+
+def test_more_images_than_the_window_are_said_to_be_unread(make_pipeline, pictures):
+    with pytest.warns(UserWarning, match="4 preceding images are given, context_window=2"):
+        latents(make_pipeline(), pictures(), context_window=2)
+
+
+@pytest.mark.parametrize("variant", ["self", "dino"])
+@pytest.mark.parametrize(("height", "width"), [(24, 32), (18, 10)])
+def test_sizes_need_not_be_those_of_training(make_pipeline, pictures, variant, height, width):
+    """Not even ones that the U-Net can halve."""
+    pipeline = make_pipeline(variant)
+    fitted = torch.rand(1, 2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    start = torch.randn(1, 2, 4, height // 2, width // 2, generator=torch.Generator().manual_seed(1))
+    made = pipeline(fitted, 2, latents=start, output_type="pt", **STEPS).images
+    assert made.shape == (1, 2, 3, height, width)
+    asked = {"height": height, "width": width, "generator": torch.Generator().manual_seed(2)}
+    again = pipeline([Image.new("RGB", (16, 16))], output_type="pt", **asked, **STEPS).images
+    assert again.shape == (1, 1, 3, height, width)
+
+
+@pytest.mark.parametrize("variant", ["self", "dino"])
+def test_half_precision_is_close_and_comes_back(make_pipeline, pictures, variant):
+    pipeline, start = make_pipeline(variant), noise(1, 2)
+    exact = pipeline(pictures(), 2, latents=start, output_type="pt", **STEPS).images
+    half = pipeline.to(torch.bfloat16)(pictures(), 2, latents=start, output_type="pt", **STEPS).images
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - exact).abs().mean() < 0.05
+    arrays = pipeline(pictures(), 2, latents=start, output_type="np", **STEPS).images
+    torch.testing.assert_close(torch.from_numpy(arrays), half.float().movedim(2, -1))
+
+
+def test_a_parts_offloading_hook_is_asked_before_every_use(make_pipeline, pictures):
+    """`enable_model_cpu_offload` moves a part when it is called; this U-Net is called by other names than forward."""
+    pipeline, asked = make_pipeline("self"), []
+
+    class Hook(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            asked.append(1)
+            return args, kwargs
+
+    pipeline.unet._hf_hook = Hook()
+    latents(pipeline, pictures(), num_images=2)
+    assert len(asked) == 2 * 3 + 2  # every step, and the contexts of the given images and of the first made one
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", ["self", "dino"])
+def test_a_gpu_and_offloading_make_the_same_pictures(make_pipeline, pictures, variant):
+    pipeline, start = make_pipeline(variant), noise(1, 2)
+    exact = latents(pipeline, pictures(), num_images=2, latents=start)
+    moved = latents(pipeline.to("cuda"), pictures(), num_images=2, latents=start)
+    torch.testing.assert_close(moved.cpu(), exact, atol=1e-3, rtol=1e-3)
+    pipeline.to("cpu").enable_model_cpu_offload()
+    offloaded = pipeline(pictures(), num_images=2, latents=start, output_type="pt", **STEPS).images
+    assert offloaded.isfinite().all()
+
+
+@pytest.mark.parametrize("variant", ["self", "dino"])
+def test_tensors_of_unequal_lengths_are_lists(make_pipeline, pictures, variant):
+    pipeline, start = make_pipeline(variant), noise(3, 1)
+    sets = [pictures()[0, :count] for count in (2, 0, 3)]
+    found = latents(pipeline, sets, latents=start)
+    read = [pipeline.encode(one) if len(one) else pipeline.encode(pictures()[0])[:0] for one in sets]
+    torch.testing.assert_close(latents(pipeline, preceding=read, latents=start), found, **EXACT)
+    for number, images in enumerate(sets):
+        alone = latents(pipeline, images[None], latents=start[number : number + 1])
+        torch.testing.assert_close(found[number : number + 1], alone, **EXACT)

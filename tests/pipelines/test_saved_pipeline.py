@@ -6,12 +6,14 @@ import json
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from m2m.config import Compute
 from m2m.errors import ArtifactError, ConfigError, InputError
 from m2m.pipelines import generate_cli
 from m2m.pipelines.many_to_many import ManyToManyPipeline, load_pipeline
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* preceding images are given")
 ONE_THREAD = Compute(threads=1)  # more would change the last bits
 
 
@@ -72,6 +74,38 @@ def test_a_wrong_setting_is_named(folder, values, match):
     path.write_text(json.dumps({key: value for key, value in index.items() if value != "gone"}))
     with pytest.raises(ConfigError, match=match):
         load_pipeline(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "file", "name"),
+    [
+        ("vae", "diffusion_pytorch_model.safetensors", "decoder.conv_in.bias"),
+        ("unet", "diffusion_pytorch_model.safetensors", "conv_in.bias"),
+        ("image_encoder", "model.safetensors", "layernorm.bias"),
+    ],
+)
+def test_a_missing_tensor_of_any_part_is_named(make_pipeline, tmp_path, part, file, name):
+    """diffusers and transformers would start it anew, with a warning at most."""
+    make_pipeline("dino").save_pretrained(tmp_path)
+    path = tmp_path / part / file
+    state = load_file(path)
+    del state[name]
+    save_file(state, path, {"format": "pt"})
+    with pytest.raises(InputError, match=rf"{part}: tensor {name} is missing"):
+        ManyToManyPipeline.from_pretrained(tmp_path)
+
+
+def test_shards_of_every_part_are_read(make_pipeline, pictures, tmp_path):
+    pipeline = make_pipeline("dino")
+    expected = sample(pipeline, pictures())
+    pipeline.save_pretrained(tmp_path, max_shard_size="5KB")
+    assert len(list(tmp_path.glob("*/*.index.json"))) == 3
+    assert torch.equal(sample(ManyToManyPipeline.from_pretrained(tmp_path), pictures()), expected)
+    pipeline.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*/*.index.json"))
+    assert torch.equal(sample(ManyToManyPipeline.from_pretrained(tmp_path), pictures()), expected)
+    half = ManyToManyPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {half.unet.dtype, half.vae.dtype, half.image_encoder.dtype} == {torch.bfloat16}
 
 
 def test_parts_that_do_not_belong_together_are_refused(make_pipeline):

@@ -1,0 +1,40 @@
+"""`python -m benchmarks`: all benchmarks, then one table; exit code 1 if one falls short.
+
+Belongs here: running them one after another. Not here: measuring. Arguments that are not known here go to each of them.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+
+SMALL = ("cached_context", "training_pass", "int8_context", "gradient_checkpointing", "training_attention")
+PAPER_SIZE = ("step_time",)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="all benchmarks; further arguments go to each")
+    parser.add_argument("--paper-size", action="store_true", help="models of the paper's size too: minutes on a CPU")
+    given, further = parser.parse_known_args()
+    rows = []
+    for name in SMALL + (PAPER_SIZE if given.paper_size else ()):
+        ran = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *further], stdout=subprocess.PIPE, text=True)
+        lines = ran.stdout.splitlines()
+        print("\n".join(lines[:-1]), flush=True)
+        rows.append((name, _ended(lines[-1] if lines else "", ran.returncode)))
+    print()
+    for name, fault in rows:
+        print(f"{name:26} {fault or 'reached'}")
+    return int(any(fault for _, fault in rows))
+
+
+def _ended(line: str, code: int) -> str:
+    """What is wrong with a benchmark's end; empty where it reached all it is to reach."""
+    try:
+        return "" if json.loads(line)["ok"] else "NOT REACHED"
+    except (ValueError, KeyError, TypeError):
+        return f"failed with exit code {code}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""Benchmarks run and end with a line that machines can read; what they measure is too small here to be judged."""
+
+import importlib
+import json
+
+import pytest
+
+import benchmarks.models
+from benchmarks.__main__ import PAPER_SIZE, SMALL
+from benchmarks.measuring import Machine, Report
+
+STAND_IN = benchmarks.models.SMALL_UNET | {"cross_attention_dim": 1024}
+SMALLER = {"_STEPS": 4, "_SETS": 1, "_TOKENS": 64, "_SIDE": 16}
+
+
+@pytest.mark.parametrize("name", [*SMALL, *PAPER_SIZE])
+def test_a_benchmark_ends_with_its_figures(monkeypatch, capsys, name):
+    monkeypatch.setattr(benchmarks.models, "SD21_BASE_UNET", STAND_IN)
+    monkeypatch.setattr("sys.argv", [name, "--repeats", "0"])
+    module = importlib.import_module(f"benchmarks.{name}")
+    for size, smaller in SMALLER.items():
+        if hasattr(module, size):
+            monkeypatch.setattr(module, size, smaller)
+    code = module.main()
+    ended = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert ended["name"] == name
+    assert ended["figures"].keys() >= ended["reach"].keys() > set()
+    assert ended["ok"] == (code == 0)
+    if name in ("cached_context", "training_pass", "int8_context", "gradient_checkpointing"):
+        assert ended["ok"], ended  # exactness does not depend on the machine
+
+
+def test_a_report_falls_short_where_a_figure_does(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["any"])
+    report = Report("any", Machine.asked_for(__doc__))
+    report.at_most("small", 1.0, 2.0)
+    report.at_least("not judged", 1.0, 2.0, judged=False)
+    assert report.ok
+    report.at_least("large", 1.0, 2.0)
+    assert report.close() == 1
+    assert "NOT REACHED" in capsys.readouterr().out
