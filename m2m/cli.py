@@ -4,6 +4,7 @@ Belongs here: arguments, exit codes. Not here: what a command does.
 """
 
 import argparse
+import errno
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +21,8 @@ EXIT_CALL_AGAIN = 75  # stopped by a signal after a checkpoint (EX_TEMPFAIL): th
 # tool name -> (module with `add_arguments(parser)` and `main(args) -> int | None`, one line of help)
 TOOLS = {
     "plan": ("m2m.plan", "what a profile will do and cost, stage by stage"),
-    "shards": ("m2m.data.shards_cli", "list, show or verify shards"),
+    "shards": ("m2m.data.shards_cli", "list, show, verify or repair shards"),
+    "data": ("m2m.data.data_cli", "what real data sets hold, and what of them is set aside and why"),
     "generate": ("m2m.pipelines.generate_cli", "images from images, with a trained model"),
     "trace": ("m2m.trace", "what an output was made from, back to the captions"),
 }
@@ -38,6 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run_stage_command(args)
     except M2MError as error:
         print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(
+            f"error: {error.strerror}{where}: free some; the same command goes on from what is whole", file=sys.stderr
+        )
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is whole", file=sys.stderr)

@@ -1,16 +1,20 @@
 """Captions that CLIP can read whole: the filter of the paper's section 4, and who learns from which caption.
 
-Belongs here: reading caption files, deciding, splits. Not here: counting tokens (`m2m.data.tokens`).
+Belongs here: reading caption files, deciding, splits. Not here: counting tokens (`m2m.data.tokens`), knowing a caption
+again (`m2m.data.duplicates`).
 """
 
+import contextlib
 import hashlib
 import html
+import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 import pyarrow as pa
@@ -18,16 +22,20 @@ import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
 from m2m.artifacts import sync_folder
-from m2m.config import SourcePath, StageConfig, resolve
-from m2m.data.tokens import START_AND_END, TokenCounter
+from m2m.config import Incidental, SourcePath, StageConfig, resolve
+from m2m.data.duplicates import SeenTexts
+from m2m.data.tokens import START_AND_END, counted_batches
 from m2m.errors import ArtifactError, InputError
 from m2m.stage_run import StageRun
 
 SPLITS = ("train", "validation", "test")
 CAPTIONS, REJECTED = "captions.parquet", "rejected.parquet"
+CC12M_ROWS, PAPER_KEPT = 12_423_374, 12_237_187
+"""Rows of CC12M's file, and captions that the paper kept of them (section 4)."""
 
 _LINE_LIMIT = 1 << 20  # characters; a longer "line" is no caption, and reading it whole could take all memory
 _BATCH = 8192
+_SMALL = 32 << 20  # bytes; a smaller source is counted before the first other process is up
 _ROW_GROUP = 65_536
 _KEPT_COLUMNS = pa.schema(
     [("id", pa.int64()), ("caption", pa.string()), ("tokens", pa.int32()), ("split", pa.string())]
@@ -46,6 +54,9 @@ class FilterCaptions(StageConfig):
     clean_text: bool = Field(
         default=False, description="undo HTML entities and collapse white space first; the paper does not say"
     )
+    drop_duplicates: bool = Field(
+        default=False, description="keep a caption once, where it comes first; the paper does not say"
+    )
     validation_fraction: float = Field(
         default=0.001, ge=0, lt=1, description="of the kept captions; the paper does not say"
     )
@@ -54,6 +65,11 @@ class FilterCaptions(StageConfig):
     )
     seed: int = Field(default=0, ge=0, description="which captions are held out")
     limit: int | None = Field(default=None, ge=1, description="read only so many rows")
+    workers: Annotated[int | None, Incidental()] = Field(
+        default=None,
+        ge=0,
+        description="processes that count tokens; by default one a core, or for a source of up to 32 MB this one alone",
+    )
 
     @model_validator(mode="after")
     def _some_are_trained_on(self) -> "FilterCaptions":
@@ -79,23 +95,26 @@ def filter_captions(config: FilterCaptions, run: StageRun) -> None:
     source = _require_source(run.source(config.source))
     splitter = Splitter(config.validation_fraction, config.test_fraction, config.seed)
     rows = 0
+    reasons: Counter[str] = Counter()
     with (
         _TableWriter(run.out / CAPTIONS, _KEPT_COLUMNS) as kept,
         _TableWriter(run.out / REJECTED, _REJECTED_COLUMNS) as rejected,
     ):
         read = read_rows(source, config.limit)
-        for row, caption, tokens, reason in _judged(config, run.progress.each(read, unit="caption")):
+        for row, caption, tokens, reason in _judged(
+            config, run.progress.each(read, unit="caption"), _workers(config, source)
+        ):
             rows += 1
             if reason:
                 rejected.write((row, caption, reason))
+                reasons[_kind(reason)] += 1
             else:
                 kept.write((row, caption, tokens, splitter(caption)))
     run.count(rows=rows, kept=kept.rows, rejected=rejected.rows, **splitter.counts)
     run.figure(kept_share=kept.rows / rows if rows else None)
-    table = pq.read_table(run.out / REJECTED, columns=["reason"]).column("reason").value_counts().to_pylist()
-    reasons = {_kind(entry["values"]): 0 for entry in table}
-    for entry in table:
-        reasons[_kind(entry["values"])] += entry["counts"]
+    if abs(rows - CC12M_ROWS) <= 0.01 * CC12M_ROWS:
+        run.figure(kept_beyond_the_papers=kept.rows - PAPER_KEPT)
+        run.progress.log(f"kept {kept.rows:,} captions, {kept.rows - PAPER_KEPT:+,} to the paper's {PAPER_KEPT:,}")
     run.table("rejected", [{"reason": reason, "rows": count} for reason, count in sorted(reasons.items())])
     total = pq.read_metadata(run.out / CAPTIONS).num_rows + pq.read_metadata(run.out / REJECTED).num_rows
     run.check("counts_add_up", total == rows, f"{rows} rows were read, but {total} written")
@@ -221,17 +240,37 @@ class Splitter:
         return "validation" if share < self.test_fraction + self.validation_fraction else "train"
 
 
-def _judged(config: FilterCaptions, rows: Iterator[CaptionRow]) -> Iterator[tuple[int, str, int, str]]:
-    count = TokenCounter.for_clip()
+def _judged(config: FilterCaptions, rows: Iterator[CaptionRow], workers: int) -> Iterator[tuple[int, str, int, str]]:
+    """(row, text, tokens, why it is rejected) in the order of rows, whoever counts."""
     uncounted = 0 if config.count_special_tokens else START_AND_END
-    while batch := list(islice(rows, _BATCH)):
-        texts = [clean_caption(row.text) if config.clean_text and not row.fault else row.text for row in batch]
-        counts = count.count(["" if row.fault else text for row, text in zip(batch, texts)])
-        for row, text, tokens in zip(batch, texts, counts):
+    seen = SeenTexts() if config.drop_duplicates else None
+    for batch, counts in counted_batches(_batches(config, rows), lambda batch: batch[1], workers):
+        judged = []
+        for row, text, tokens in zip(*batch, counts):
             reason = row.fault or ("" if text else "empty caption")
             if not reason and tokens - uncounted > config.max_tokens:
                 reason = f"{tokens - uncounted} tokens"
-            yield row.row, text, tokens, reason
+            judged.append((row.row, row.text if row.fault else text, tokens, reason))
+        yield from judged if seen is None else _first_ones(judged, seen)
+
+
+def _batches(config: FilterCaptions, rows: Iterator[CaptionRow]) -> Iterator[tuple[list[CaptionRow], list[str]]]:
+    """Rows, with the texts to be counted: none where there is no caption."""
+    clean = clean_caption if config.clean_text else str
+    while batch := list(islice(rows, _BATCH)):
+        yield batch, ["" if row.fault else clean(row.text) for row in batch]
+
+
+def _first_ones(judged: list[tuple[int, str, int, str]], seen: SeenTexts) -> Iterator[tuple[int, str, int, str]]:
+    new = iter(seen.new([text for _, text, _, reason in judged if not reason]))
+    for row, text, tokens, reason in judged:
+        yield row, text, tokens, reason or ("" if next(new) else "duplicate")
+
+
+def _workers(config: FilterCaptions, source: Path) -> int:
+    if config.workers is not None:
+        return config.workers
+    return len(os.sched_getaffinity(0)) if source.stat().st_size > _SMALL else 0
 
 
 def _kind(reason: str) -> str:
@@ -279,11 +318,22 @@ class _TableWriter:
         self._rows = []
 
     def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
-        if self._rows and failed is None:
-            self._flush()
-        self._writer.close()
+        try:
+            if failed is None:
+                if self._rows:
+                    self._flush()
+                self._writer.close()
+        except BaseException:
+            self._discard()
+            raise
         if failed is not None:
-            self._temporary.unlink()
+            self._discard()
             return
         self._temporary.replace(self._path)
         sync_folder(self._path.parent)
+
+    def _discard(self) -> None:
+        """Leave nothing half-written; closing writes, which a full disk refuses again."""
+        with contextlib.suppress(OSError):
+            self._writer.close()
+        self._temporary.unlink(missing_ok=True)

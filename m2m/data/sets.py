@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 from m2m.artifacts import write_bytes, write_json
 from m2m.config import Settings
 from m2m.data.shards import ShardFolder
+from m2m.data.verified import verify_once
 from m2m.errors import ArtifactError, ConfigError
 from m2m.generation.noise import keyed_generator, namespaced
 
@@ -89,11 +90,14 @@ class SetTable:
 class ImageSets:
     """The image sets of a generate-sets output, by position in the split.
 
+    Args:
+        verify: check each shard's bytes when it is first read (once on a machine), and refuse damaged ones.
+
     Raises:
         ArtifactError: the folder is no such output, or has no set in the split.
     """
 
-    def __init__(self, folder: Path | str, split: str | None = None) -> None:
+    def __init__(self, folder: Path | str, split: str | None = None, verify: bool = False) -> None:
         self.folder = Path(folder)
         self.index = read_index(self.folder, SetsIndex)
         self.split = split
@@ -101,7 +105,7 @@ class ImageSets:
         if not len(self.table):
             there = ", ".join(f"{count} in {name}" for name, count in self.index.splits.items() if count) or "none"
             raise ArtifactError(f"{self.folder} has no sets in the {split or 'whole'} split. There are: {there}")
-        self._shards = ShardFolder(self.folder)
+        self._shards = ShardFolder(self.folder, opening=verify_once if verify else None)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -174,6 +178,8 @@ class ImageSets:
 class TrainingSets(torch.utils.data.Dataset):
     """What a training step reads of a set: N latents and, for M2M-DINO, the features of the N - 1 that are context.
 
+    Every shard's checksums are verified when it is first read.
+
     Args:
         sets_folder: a generate-sets output.
         split: usually "train".
@@ -196,7 +202,7 @@ class TrainingSets(torch.utils.data.Dataset):
         features_folder: Path | str | None = None,
         frozen_choice: bool = True,
     ) -> None:
-        self.sets = ImageSets(sets_folder, split)
+        self.sets = ImageSets(sets_folder, split, verify=True)
         self.images_per_set, self.seed, self.frozen_choice = images_per_set, seed, frozen_choice
         self.epoch = 0
         if images_per_set > self.sets.images_per_set:
@@ -253,7 +259,7 @@ class _CachedFeatures:
                 f"{folder} has no features of the {wanted.sets.split} split; see cache-features' splits"
             )
         self._order = np.argsort(self._table.ids, kind="stable")
-        self._shards = ShardFolder(folder)
+        self._shards = ShardFolder(folder, opening=verify_once)
 
     def present(self, sets: ImageSets) -> np.ndarray:
         """The positions of the sets that have features (some may have failed)."""
@@ -315,14 +321,16 @@ def epoch_order(n: int, per_shard: int, seed: int, epoch: int, window: int = 16)
     """
     drawn = keyed_generator(namespaced(seed, "epoch order"), epoch)
     shards = drawn.permutation(-(-n // per_shard))
-    parts = []
+    order, at = np.empty(n, np.int64), 0
     for first in range(0, len(shards), window):
         ids = [
             np.arange(shard * per_shard, min(n, (shard + 1) * per_shard), dtype=np.int64)
             for shard in shards[first : first + window]
         ]
-        parts.append(drawn.permutation(np.concatenate(ids)))
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+        mixed = drawn.permutation(np.concatenate(ids))
+        order[at : at + len(mixed)] = mixed
+        at += len(mixed)
+    return order
 
 
 def chosen_images(caption_id: int, seed: int, per_set: int = 25, n: int = 5) -> list[int]:

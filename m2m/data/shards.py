@@ -3,13 +3,14 @@
 Belongs here: writing, verifying and reading `NNNNN.{tar,idx,json}`. Not here: what a set holds (`m2m.data.sets`).
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import tarfile
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -27,7 +28,7 @@ _BLOCK = 512
 
 
 class Failure(Settings):
-    """A set that could not be made."""
+    """A set that is not there, and why: it could not be made, or the content filter dropped it."""
 
     key: str
     error: str
@@ -44,6 +45,11 @@ class ShardRecord(Settings):
     index_sha256: str
     fingerprint: str = Field(description="what the shard was made from and how")
     failed: list[Failure] = []
+    dropped: list[Failure] = Field(default=[], description="by the content filter")
+
+    def written(self) -> dict[str, Any]:
+        """As it stands on disk: without what a shard made without a content filter can't have."""
+        return self.model_dump(exclude=set() if self.dropped else {"dropped"})
 
 
 @dataclass(frozen=True)
@@ -78,13 +84,13 @@ class ShardWriter:
     def __init__(self, out: Path, number: int, fingerprint: str) -> None:
         self._paths = ShardPaths(out, number)
         self._fingerprint = fingerprint
-        self._lines: list[str] = []
+        self._sets: list[tuple[str, dict[str, list[int]]]] = []
         self._failed: list[Failure] = []
+        self._dropped: list[Failure] = []
         self._hash = hashlib.sha256()
         self._bytes = 0
         self._paths.tar.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(out, number)
-        self._paths.record.unlink(missing_ok=True)
         self._temporary = self._paths.tar.with_name(f".{self._paths.tar.name}.tmp")
         self._file: IO[bytes] = self._temporary.open("wb")
 
@@ -94,9 +100,8 @@ class ShardWriter:
     def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
         if failed is None:
             self.finish()
-        elif not self._file.closed:
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
+        else:
+            self._discard()
 
     def add(self, key: str, files: Mapping[str, bytes]) -> None:
         """Append a set: `{"latents.npy": ..., "json": ...}` becomes `<key>.latents.npy`, `<key>.json`.
@@ -114,38 +119,76 @@ class ShardWriter:
             places[name] = [self._bytes, len(content)]
             self._write(content)
             self._write(b"\0" * (-len(content) % _BLOCK))
-        self._lines.append(json.dumps({"key": key, "files": places}))
+        self._sets.append((key, places))
 
     def fail(self, key: str, error: str) -> None:
         """Note a set that could not be made; the others of the shard go on."""
         self._failed.append(Failure(key=key, error=error))
 
+    def drop(self, key: str, reason: str) -> None:
+        """Note a set that the content filter does not let pass."""
+        self._dropped.append(Failure(key=key, error=reason))
+
     def finish(self) -> ShardRecord:
-        """Close the tar and put tar, index and record in place, in this order."""
-        self._write(b"\0" * (2 * _BLOCK))
+        """Close the tar and put tar, index and record in place, in this order.
+
+        Raises:
+            ArtifactError: the disk is full or broken; nothing of the shard is left.
+        """
+        try:
+            return self._finish()
+        except OSError as error:
+            self._discard()
+            for path in (self._paths.record, self._paths.index, self._paths.tar):
+                path.unlink(missing_ok=True)
+            raise _not_written(self._paths.tar, error) from error
+
+    def _finish(self) -> ShardRecord:
+        self._file.write(self._hashed(b"\0" * (2 * _BLOCK)))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+        self._paths.record.unlink(missing_ok=True)  # of the shard that this one replaces
         os.replace(self._temporary, self._paths.tar)
         sync_folder(self._paths.tar.parent)
-        index = "".join(f"{line}\n" for line in self._lines).encode()
+        index = _encoded_index(self._sets)
         write_bytes(self._paths.index, index)
         record = ShardRecord(
             shard=self._paths.number,
-            sets=len(self._lines),
+            sets=len(self._sets),
             bytes=self._bytes,
             sha256=self._hash.hexdigest(),
             index_sha256=hashlib.sha256(index).hexdigest(),
             fingerprint=self._fingerprint,
             failed=self._failed,
+            dropped=self._dropped,
         )
-        write_json(self._paths.record, record.model_dump())
+        write_json(self._paths.record, record.written())
         return record
 
     def _write(self, content: bytes) -> None:
-        self._file.write(content)
+        try:
+            self._file.write(self._hashed(content))
+        except OSError as error:
+            self._discard()
+            raise _not_written(self._paths.tar, error) from error
+
+    def _hashed(self, content: bytes) -> bytes:
         self._hash.update(content)
         self._bytes += len(content)
+        return content
+
+    def _discard(self) -> None:
+        with contextlib.suppress(OSError):  # closing writes what is buffered, which a full disk refuses again
+            self._file.close()
+        clear_leftovers(self._paths.out, self._paths.number)
+
+
+def _not_written(path: Path, error: OSError) -> ArtifactError:
+    return ArtifactError(
+        f"{path}: can't be written: {error.strerror or error}. Nothing of this shard is left, the whole ones stand: "
+        "mend the disk (or free space) and give the same command again"
+    )
 
 
 class ShardReader:
@@ -231,23 +274,29 @@ class ShardReader:
 
 
 class ShardFolder:
-    """The readers of a folder's shards, a bounded number of them open."""
+    """The readers of a folder's shards, a bounded number of them open.
 
-    def __init__(self, out: Path, keep: int = 64) -> None:
-        self._out, self._keep = out, keep
+    Args:
+        opening: is called with the folder and a shard's number before it is opened, for example to verify it.
+    """
+
+    def __init__(self, out: Path, keep: int = 64, opening: Callable[[Path, int], None] | None = None) -> None:
+        self._out, self._keep, self._opening = out, keep, opening
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
 
     def __getitem__(self, number: int) -> ShardReader:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
+        if self._opening is not None:
+            self._opening(self._out, number)
         reader = self._open[number] = ShardReader(self._out, number)
         if len(self._open) > self._keep:
             self._open.popitem(last=False)[1].close()
         return reader
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_out": self._out, "_keep": self._keep, "_open": OrderedDict()}  # spawned workers open their own
+        return vars(self) | {"_open": OrderedDict()}  # spawned workers open their own
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
@@ -288,27 +337,65 @@ def shard_faults(out: Path, number: int, *, content: bool = True) -> list[str]:
     """What is wrong with a shard: missing files, sizes, an index that does not fit and, with `content`, other bytes."""
     paths = ShardPaths(out, number)
     try:
+        record = read_record(out, number)
+    except ArtifactError as error:
+        return [str(error)]
+    found = []
+    if record.shard != number:
+        found.append(f"{paths.record} is of shard {record.shard}")
+    index = paths.index.read_bytes() if paths.index.is_file() else None
+    if index is None:
+        found.append(f"{paths.index} is missing")
+    elif hashlib.sha256(index).hexdigest() != record.index_sha256:
+        found.append(f"{paths.index} has other content than when it was made")
+    size = paths.tar.stat().st_size if paths.tar.is_file() else None
+    if size is None:
+        found.append(f"{paths.tar} is missing")
+    elif size != record.bytes:
+        found.append(f"{paths.tar} has {size} bytes, not {record.bytes}")
+    elif content:
+        with paths.tar.open("rb") as f:
+            if hashlib.file_digest(f, "sha256").hexdigest() != record.sha256:
+                found.append(f"{paths.tar} has other content than when it was made")
+    return found or _index_faults(out, number, record)
+
+
+def _index_faults(out: Path, number: int, record: ShardRecord) -> list[str]:
+    """Whether an index of the right bytes also fits its tar; only a fault of the writer's could make it not."""
+    try:
         reader = ShardReader(out, number)
     except ArtifactError as error:
         return [str(error)]
-    record, found = reader.record, []
-    try:
-        size = paths.tar.stat().st_size
-        if size != record.bytes:
-            found.append(f"{paths.tar} has {size} bytes, not {record.bytes}")
-        if hashlib.sha256(paths.index.read_bytes()).hexdigest() != record.index_sha256:
-            found.append(f"{paths.index} has other content than when it was made")
-        if len(reader) != record.sets:
-            found.append(f"{paths.index} lists {len(reader)} sets, not {record.sets}")
-        if reader.end > size:
-            found.append(f"{paths.index} points beyond the end of {paths.tar.name}")
-        if content and not found:
-            with paths.tar.open("rb") as f:
-                if hashlib.file_digest(f, "sha256").hexdigest() != record.sha256:
-                    found.append(f"{paths.tar} has other content than when it was made")
-    finally:
-        reader.close()
+    reader.close()
+    found = []
+    if len(reader) != record.sets:
+        found.append(f"{reader.paths.index} lists {len(reader)} sets, not {record.sets}")
+    if reader.end > record.bytes:
+        found.append(f"{reader.paths.index} points beyond the end of {reader.paths.tar.name}")
     return found
+
+
+def rebuild_index(out: Path, number: int) -> bool:
+    """Write a lost or damaged index again from the tar; tells whether it is now the one that the record asks for."""
+    paths = ShardPaths(out, number)
+    lines: dict[str, dict[str, list[int]]] = {}
+    try:
+        record = read_record(out, number)
+        with tarfile.open(paths.tar, "r:") as tar:
+            for member in tar:
+                key, _, name = member.name.partition(".")
+                lines.setdefault(key, {})[name] = [member.offset_data, member.size]
+    except (ArtifactError, OSError, tarfile.TarError):
+        return False
+    index = _encoded_index(lines.items())
+    if hashlib.sha256(index).hexdigest() != record.index_sha256:
+        return False
+    write_bytes(paths.index, index)
+    return True
+
+
+def _encoded_index(sets: Iterable[tuple[str, Mapping[str, Sequence[int]]]]) -> bytes:
+    return "".join(f"{json.dumps({'key': key, 'files': places})}\n" for key, places in sets).encode()
 
 
 def adopt(source: Path, out: Path, number: int, fingerprint: str) -> bool:

@@ -1,15 +1,18 @@
-"""`python -m m2m shards list|show|verify`: what lies in a stage's shards.
+"""`python -m m2m shards list|show|verify|repair`: what lies in a stage's shards.
 
-Belongs here: looking at shards. Not here: making them (their stages do, and make damaged ones again).
+Belongs here: the command. Not here: what is broken and mending it (`m2m.data.shard_repair`), making shards (stages).
 """
 
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from m2m.data.shards import FOLDER, ShardReader, read_record, shard_faults
+from m2m.config import Profile
+from m2m.data.shard_repair import find_damage, repair, shard_numbers
+from m2m.data.shards import FOLDER, ShardReader, read_record
 from m2m.errors import ArtifactError, ConfigError
-from m2m.stages import STAGES
+from m2m.progress import open_progress
+from m2m.stages import STAGES, Stage
 
 _STAGES = [stage.key for stage in STAGES.values() if stage.partitioned]
 
@@ -17,17 +20,20 @@ _STAGES = [stage.key for stage in STAGES.values() if stage.partitioned]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from m2m.cli import add_profile_argument
 
-    parser.add_argument("action", choices=("list", "show", "verify"))
+    parser.add_argument("action", choices=("list", "show", "verify", "repair"))
     add_profile_argument(parser)
     parser.add_argument("stage", nargs="?", default=_STAGES[0], choices=_STAGES)
     parser.add_argument("--shards", metavar="N-M", help="for example 0-3,7; all by default")
     parser.add_argument("--sets", type=int, default=4, help="show: how many sets")
     parser.add_argument("--images", type=int, default=8, help="show: how many images of each")
     parser.add_argument("--output", type=Path, default=Path("sets.png"), help="show: the picture to write")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="key=value", help="repair: an override it was made with"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run one action; 1 where shards are damaged.
+    """Run one action; 1 where shards are damaged (and stay so).
 
     Raises:
         ArtifactError: there are no shards, or those asked for.
@@ -35,14 +41,20 @@ def main(args: argparse.Namespace) -> int:
     from m2m.cli import open_profile
 
     stage = STAGES[args.stage]
-    out = current_folder(stage.folder(open_profile(args.config)))
-    numbers = _numbers(out, args.shards)
+    profile = open_profile(args.config)
+    out = current_folder(stage.folder(profile))
+    asked = None if args.shards is None else _asked(args.shards)
+    numbers = shard_numbers(out) if asked is None else asked
+    if not numbers:
+        raise ArtifactError(f"{out} has no whole shard yet")
     match args.action:
         case "list":
             for line in listed(out, numbers):
                 print(line)
         case "verify":
-            return verify(out, numbers)
+            return verify(out, asked)
+        case "repair":
+            return _repair(stage, profile, out, asked, args.set)
         case "show":
             if stage.command != "generate-sets":
                 raise ConfigError(f"{stage.key} holds no pictures; show those of generate-sets")
@@ -81,16 +93,28 @@ def listed(out: Path, numbers: list[int]) -> Iterator[str]:
     yield f"{len(numbers)} shards, {sets:,} sets, {size:,} bytes"
 
 
-def verify(out: Path, numbers: list[int]) -> int:
-    """Read every byte; say what is wrong with which shard, and what to do."""
-    damaged = 0
-    for number in numbers:
-        faults = shard_faults(out, number)
-        damaged += bool(faults)
-        print(f"{number:05d}  {'; '.join(faults) or 'whole'}")
-    if damaged:
-        print(f"{damaged} of {len(numbers)} shards are damaged: delete their json files and run the stage again")
-    return int(damaged > 0)
+def verify(out: Path, numbers: list[int] | None) -> int:
+    """Read every byte, of some shards or of all that the folder holds; say what is wrong with which file."""
+    damage = find_damage(out, numbers)
+    checked = shard_numbers(out) if numbers is None else numbers
+    for number in checked:
+        if number not in damage.shards:
+            print(f"{number:05d}  whole")
+    for line in damage.lines():
+        print(line)
+    if damage:
+        others = f" and {len(damage.others)} other files" if damage.others else ""
+        print(f"{len(damage.shards)} of {len(checked)} shards{others} are damaged: python -m m2m shards repair")
+    return int(bool(damage))
+
+
+def _repair(stage: Stage, profile: Profile, out: Path, asked: list[int] | None, overrides: list[str]) -> int:
+    with open_progress() as progress:
+        damage = repair(stage, profile, out, asked, overrides, progress)
+    if not damage:
+        print(f"{out}: nothing to repair")
+        return 0
+    return verify(current_folder(stage.folder(profile)), asked)
 
 
 def show(out: Path, numbers: list[int], sets: int, images: int, output: Path) -> None:
@@ -111,14 +135,9 @@ def show(out: Path, numbers: list[int], sets: int, images: int, output: Path) ->
     print(f"{output}: {len(rows)} sets, {len(shown)} images each")
 
 
-def _numbers(out: Path, asked: str | None) -> list[int]:
+def _asked(asked: str) -> list[int]:
     from m2m.cli import parse_shards
 
-    there = sorted(int(path.stem) for path in (out / FOLDER).glob("[0-9]*.json"))
-    if asked is None:
-        if not there:
-            raise ArtifactError(f"{out} has no whole shard yet")
-        return there
     try:
         return parse_shards(asked)
     except argparse.ArgumentTypeError as error:

@@ -1,13 +1,20 @@
 """How many CLIP tokens a caption has: exactly, offline and fast enough for twelve million of them.
 
-Belongs here: counting. Not here: what is done with captions that are too long (`m2m.data.captions`).
+Belongs here: counting, on all cores too. Not here: what is done with captions that are too long (`m2m.data.captions`).
 """
 
+import multiprocessing
 import os
 import re
-from collections.abc import Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 VOCABULARY = Path(__file__).parent / "clip_tokenizer"
 START_AND_END = 2
@@ -65,6 +72,53 @@ class TokenCounter:
         if len(self._memo) < _MEMO_LIMIT:
             self._memo[word] = pieces
         return pieces
+
+
+def counted_batches(
+    batches: Iterable[Item], texts: Callable[[Item], Sequence[str]], processes: int
+) -> Iterator[tuple[Item, list[int]]]:
+    """Each batch with its captions' token counts, in order; a few batches are ahead, so memory stays as it is.
+
+    Args:
+        processes: that count beside this one, which goes on reading; 0: this one counts.
+    """
+    if processes == 0:
+        counter = TokenCounter.for_clip()
+        for batch in batches:
+            yield batch, counter.count(texts(batch))
+        return
+    # spawned, not forked: threads of this process may hold locks
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn, initializer=_end_with_parent) as pool:
+        ahead: deque[tuple[Item, Future[list[int]]]] = deque()
+        for batch in batches:
+            ahead.append((batch, pool.submit(_count, texts(batch))))
+            while len(ahead) > 2 * processes:
+                first, found = ahead.popleft()
+                yield first, found.result()
+        for first, found in ahead:
+            yield first, found.result()
+
+
+def _count(captions: Sequence[str]) -> list[int]:
+    return _counter().count(captions)
+
+
+@cache
+def _counter() -> TokenCounter:
+    return TokenCounter.for_clip()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @cache

@@ -3,9 +3,11 @@
 Belongs here: running the text-to-image model over captions. Not here: noise (`noise`), files (`m2m.data.shards`).
 """
 
+import contextlib
+import importlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,7 +24,7 @@ from m2m.config import Compute, ModelSource, StageConfig, is_hub_id, resolve
 from m2m.data.captions import SPLITS, caption_shards, count_captions
 from m2m.data.sets import LATENTS, ImageSets, SetsIndex, SetTable, picture_name, write_index
 from m2m.data.shards import ShardReader, ShardWriter, npy_bytes
-from m2m.errors import ArtifactError, InputError
+from m2m.errors import ArtifactError, ConfigError, InputError
 from m2m.generation.noise import keyed_normal, namespaced
 from m2m.generation.shard_work import (
     PlannedShard,
@@ -62,7 +64,13 @@ class GenerateSets(StageConfig):
     )
     picture_quality: int = Field(default=90, ge=1, le=100, description="of WebP and JPEG")
     decode_batch: int = Field(default=5, ge=1, description="images that the autoencoder decodes at a time")
-    max_failed: float = Field(default=0.01, ge=0, lt=1, description="share of sets that may fail (NaN)")
+    max_failed: float = Field(default=0.01, ge=0, lt=1, description="share of sets that may fail (NaN, an error)")
+    content_filter: str | None = Field(
+        default=None,
+        pattern=r"^[\w.]+:\w+$",
+        description="`module:function` that is given a caption and its pictures, uint8 (images, 3, H, W), and returns "
+        "why the set is dropped, or an empty text",
+    )
     compute: Compute = Compute.model_validate({})
 
     def preview(self, root: Path, variant: str | None) -> list[str]:
@@ -85,11 +93,13 @@ def generate_sets(config: GenerateSets, run: StageRun) -> None:
 
     A shard holds, for each caption in the order of ids, `latents.npy` (float16 (images, C, h, w), as the U-Net sees
     them), `json` (id, caption, split) and, where asked for, pictures (`00.png`, ...). One set is one batch of the
-    U-Net, whose output depends on the batch size in its last bits. A set with NaN or infinity is left out and noted.
+    U-Net, whose output depends on the batch size in its last bits. A set with NaN or infinity, or one that the model
+    stumbles over, is left out, noted with its error and tried again by the next run.
 
     Raises:
         InputError: fewer captions than the shards need, or a size that the model can't make.
-        ConfigError: a shard that there is not.
+        ConfigError: a shard that there is not, a content filter that can't be imported, or sets that are too large for
+            the device's memory (the batch is never made smaller: other batches give other bytes).
     """
     captions = run.inputs["captions"]
     expected = _require_captions(config, captions)
@@ -109,20 +119,34 @@ def generate_sets(config: GenerateSets, run: StageRun) -> None:
         label = f"shard {shard.number + 1} of {config.shards}"
         for row in run.progress.each(shard.content.to_dict("records"), unit="set", label=label):
             key = f"{row['id']:09d}"
-            latents = maker.latents(row["id"], row["caption"])
-            if not np.isfinite(latents).all():
-                writer.fail(key, "the latents hold NaN or infinity")
-                continue
-            said = {"caption": row["caption"], "id": row["id"], "split": row["split"]}
-            files = {LATENTS: npy_bytes(latents), "json": json.dumps(said, ensure_ascii=False).encode()}
-            writer.add(key, files | maker.pictures(latents))
+            try:
+                writer.add(key, maker.files(row))
+            except SetFailed as error:
+                writer.fail(key, str(error))
+            except SetDropped as error:
+                writer.drop(key, str(error))
 
-    if not make_shards(run, config.shards, planned, fill):
+    def retry(shard: PlannedShard[pd.DataFrame], keys: Sequence[str]) -> dict[str, Mapping[str, bytes]]:
+        found: dict[str, Mapping[str, bytes]] = {}
+        for row in shard.content[shard.content["id"].isin([int(key) for key in keys])].to_dict("records"):
+            with contextlib.suppress(SetFailed, SetDropped):
+                found[f"{row['id']:09d}"] = maker.files(row)
+        return found
+
+    if not make_shards(run, config.shards, planned, fill, retry):
         return
     with run.lock("finish"):
         drop_leftovers(run.out)
         check_shards(run, config.shards, expected, config.max_failed)
         _write_index(config, run, planned, maker)
+
+
+class SetFailed(Exception):
+    """The model made nothing usable of a caption."""
+
+
+class SetDropped(Exception):
+    """The content filter does not let a set pass."""
 
 
 class SetMaker:
@@ -135,6 +159,7 @@ class SetMaker:
     def __init__(self, config: GenerateSets, root: Path) -> None:
         self._config, self._root = config, root
         self._namespace = namespaced(config.seed, "image sets")
+        self._filter = _content_filter(config.content_filter)
 
     @cached_property
     def pipeline(self) -> StableDiffusionPipeline:
@@ -189,6 +214,33 @@ class SetMaker:
         )
         return made[0].float().cpu().numpy().astype(np.float16)
 
+    def files(self, row: Mapping[str, Any]) -> dict[str, bytes]:
+        """The files of one caption's set.
+
+        Args:
+            row: the caption's id, caption and split.
+
+        Raises:
+            SetFailed, SetDropped: there is none, and why.
+            ConfigError: it does not fit the device's memory.
+        """
+        try:
+            latents = self.latents(row["id"], row["caption"])
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"generate-sets: a set of {self._config.images_per_set} images does not fit the device's memory: take "
+                f"compute.dtype float16, or a smaller images_per_set or image_size ({str(error).splitlines()[0]})"
+            ) from error
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise SetFailed(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+        if not np.isfinite(latents).all():
+            raise SetFailed("the latents hold NaN or infinity")
+        if self._filter and (reason := self._filter(row["caption"], self.decode(latents))):
+            raise SetDropped(reason)
+        said = {"caption": row["caption"], "id": row["id"], "split": row["split"]}
+        files = {LATENTS: npy_bytes(latents), "json": json.dumps(said, ensure_ascii=False).encode()}
+        return files | self.pictures(latents)
+
     def decode(self, latents: np.ndarray) -> torch.Tensor:
         """Pictures of stored latents, uint8 (n, 3, H, W)."""
         return decode_pictures(self.pipeline.vae, torch.from_numpy(latents), self._config.decode_batch)
@@ -218,6 +270,16 @@ def encode_picture(picture: torch.Tensor, kind: str, quality: int) -> bytes:
     image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
     image.save(file, format=kind.upper(), **({} if kind == "png" else {"quality": quality}))
     return file.getvalue()
+
+
+def _content_filter(name: str | None) -> Callable[[str, torch.Tensor], str] | None:
+    if name is None:
+        return None
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"generate-sets.content_filter: {name} can't be imported: {error}") from None
 
 
 def _pixels(config: GenerateSets, root: Path) -> int:

@@ -5,13 +5,23 @@ Belongs here: who makes which shard, and when all are there. Not here: what is i
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from m2m.config import StageConfig, identity
-from m2m.data.shards import FOLDER, Failure, ShardPaths, ShardWriter, adopt, is_current, read_record, shard_faults
+from m2m.data.shards import (
+    FOLDER,
+    Failure,
+    ShardPaths,
+    ShardReader,
+    ShardWriter,
+    adopt,
+    is_current,
+    read_record,
+    shard_faults,
+)
 from m2m.errors import ConfigError
 from m2m.stage_run import StageRun
 
@@ -43,11 +53,16 @@ def make_shards(
     total: int,
     planned: Callable[[], Iterator[PlannedShard[Content]]],
     fill: Callable[[PlannedShard[Content], ShardWriter], None],
+    retry: Callable[[PlannedShard[Content], Sequence[str]], dict[str, Mapping[str, bytes]]] | None = None,
 ) -> bool:
     """Make the shards that this run is asked for; tells whether all of the output's are there now.
 
     A shard that stands already, here or in the output that this one will replace, is taken as it is if its fingerprint
     fits. Where some are missing at the end, the stage is told to finish later.
+
+    Args:
+        retry: makes sets that failed last time, by their keys; gives the files of those that succeed. Such sets are
+            added to their shard, whose other sets are copied.
 
     Raises:
         ConfigError: a shard is asked for that there is not.
@@ -60,10 +75,15 @@ def make_shards(
         if shard.number not in wanted:
             continue
         with run.lock(f"shard-{shard.number:05d}"):
-            if is_current(run.out, shard.number, shard.fingerprint):
-                continue
-            if adopt(previous, run.out, shard.number, shard.fingerprint):
+            current = is_current(run.out, shard.number, shard.fingerprint)
+            if not current and adopt(previous, run.out, shard.number, shard.fingerprint):
                 run.progress.log(f"shard {shard.number:05d}: as it stands in {previous}")
+                current = True
+            if current:
+                failed = [failure.key for failure in read_record(run.out, shard.number).failed]
+                if failed and retry and (found := retry(shard, failed)):
+                    run.progress.log(f"shard {shard.number:05d}: {len(found)} of {len(failed)} failed sets made now")
+                    _amend(run.out, shard, found)
                 continue
             with ShardWriter(run.out, shard.number, shard.fingerprint) as writer:
                 fill(shard, writer)
@@ -78,20 +98,48 @@ def make_shards(
     return not missing
 
 
+def _amend(out: Path, shard: PlannedShard[Any], found: Mapping[str, Mapping[str, bytes]]) -> None:
+    """Write a shard anew with sets that it lacked; the bytes are those of a shard in which nothing failed."""
+    old = ShardReader(out, shard.number)
+    try:
+        with ShardWriter(out, shard.number, shard.fingerprint) as writer:
+            places = {key: position for position, key in enumerate(old.keys)}
+            for key in sorted([*places, *found]):  # keys are ids in figures of equal length: in the order of ids
+                files = found.get(key)
+                if files is None:
+                    files = {name: old.read(places[key], name) for name in old.names(places[key])}
+                writer.add(key, files)
+            for failure in old.record.failed:
+                if failure.key not in found:
+                    writer.fail(failure.key, failure.error)
+            for failure in old.record.dropped:
+                writer.drop(failure.key, failure.error)
+    finally:
+        old.close()
+
+
 def check_shards(run: StageRun, total: int, expected: int, max_failed: float) -> None:
     """Report counts and both checks of a sharded stage.
 
     Args:
-        expected: sets that the shards should hold, failed ones included.
+        expected: sets that the shards should hold, failed and dropped ones included.
         max_failed: the share of sets that may fail.
     """
     records = [read_record(run.out, number) for number in range(total)]
     sets, failures = sum(r.sets for r in records), [f for r in records for f in r.failed]
+    dropped = [f for r in records for f in r.dropped]
     # sizes and indices only: every file is read and hashed for the manifest right after this
     faults = [fault for number in range(total) for fault in shard_faults(run.out, number, content=False)]
-    if sets + len(failures) != expected:
-        faults.append(f"{sets} sets and {len(failures)} failures, but {expected} sets were to be made")
+    if sets + len(failures) + len(dropped) != expected:
+        faults.append(
+            f"{sets} sets, {len(failures)} failures and {len(dropped)} dropped, but {expected} sets were to be made"
+        )
     run.count(shards=total, sets=sets, failed=len(failures))
+    if dropped:
+        run.count(dropped=len(dropped))
+        run.table("dropped by the content filter", [failure.model_dump() for failure in dropped[:100]])
+    if failures:
+        run.table("failed", [failure.model_dump() for failure in failures[:100]])
     run.figure(megabytes=round(sum(r.bytes for r in records) / 1e6, 3))
     run.check("shards_valid", not faults, "; ".join(faults[:3]))
     few = len(failures) <= max_failed * expected

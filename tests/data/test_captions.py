@@ -1,5 +1,6 @@
 """The caption filter: exact, nothing lost, no row out of place, splits that hold."""
 
+import errno
 import html
 import tracemalloc
 from pathlib import Path
@@ -22,6 +23,7 @@ from m2m.data.captions import (
     filter_captions,
     read_captions_table,
 )
+from m2m.data.duplicates import SeenTexts
 from m2m.data.tokens import VOCABULARY
 from m2m.errors import CheckFailed, ConfigError, InputError
 from m2m.progress import Progress
@@ -103,6 +105,56 @@ def test_special_tokens_and_cleaning_are_options(tmp_path):
     kept, _, _ = filtered(tmp_path, source, count_special_tokens=False, clean_text=True)
     assert kept["caption"].tolist() == ["word " * 75 + "word", "salt & pepper"]
     assert kept["tokens"].tolist() == [78, 5]
+
+
+def test_duplicates_are_dropped_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(captions, "_BATCH", 3)
+    source = b"".join(b"u\t%s\n" % text for text in (b"a", b"b", b"a", b"A", b" ", b"b", b"c", b"a", b"c", b"d"))
+    kept, rejected, run = filtered(tmp_path, source, drop_duplicates=True)
+    assert kept["id"].tolist() == [0, 1, 3, 6, 9]
+    assert rejected.set_index("row")["reason"].to_dict() == {4: "empty caption"} | dict.fromkeys(
+        (2, 5, 7, 8), "duplicate"
+    )
+    assert {"reason": "duplicate", "rows": 4} in run.summary["tables"]["rejected"]
+    kept, _, _ = filtered(tmp_path, b"u\tsalt &amp; pepper\nu\tsalt  & pepper\n", drop_duplicates=True, clean_text=True)
+    assert kept["id"].tolist() == [0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(batches=st.lists(st.lists(st.sampled_from("abcdefghij"), max_size=8), max_size=12))
+def test_a_text_is_new_once(batches):
+    seen, known = SeenTexts(), set()
+    for batch in batches:
+        expected = [not (text in known or known.add(text)) for text in batch]
+        assert seen.new(batch) == expected
+    assert len(seen) == len(known)
+
+
+def test_all_cores_give_the_bytes_of_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(captions, "_BATCH", 50)
+    source = "".join(f"u{i}\tcaption {i % 170}{' word' * (i % 90)}\n" for i in range(900)).encode()
+    found = []
+    for workers in (0, 2):
+        filtered(tmp_path, source, workers=workers, drop_duplicates=True, clean_text=True)
+        found.append([(tmp_path / "out" / name).read_bytes() for name in ("captions.parquet", "rejected.parquet")])
+    assert found[0] == found[1]
+
+
+def test_the_distance_to_the_paper_is_said_of_cc12m_alone(tmp_path, monkeypatch):
+    source = b"u\ta\nu\tb\nu\t \n"
+    assert "kept_beyond_the_papers" not in filtered(tmp_path, source)[2].summary["figures"]
+    monkeypatch.setattr(captions, "CC12M_ROWS", 3)
+    assert filtered(tmp_path, source)[2].summary["figures"]["kept_beyond_the_papers"] == 2 - 12_237_187
+
+
+def test_a_full_disk_leaves_no_table(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
+    with pytest.raises(OSError, match="No space"):
+        filtered(tmp_path, b"u\ta\nu\tb\nbroken\n")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @given(text=st.text(st.characters(exclude_characters="&")))

@@ -1,10 +1,15 @@
 """Order of an epoch and choice of images: permutations, resumable, frozen."""
 
+from itertools import chain
+
 import numpy as np
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m2m.data.sets import chosen_images, epoch_order
+from m2m.training.batches import BatchPlan
+from m2m.training.settings import TrainingSettings
 
 
 @settings(max_examples=60, deadline=None)
@@ -25,6 +30,36 @@ def test_any_number_of_ranks_resumes_the_same_global_batches(world, other, step)
         return [sorted(np.concatenate(parts).tolist()) for parts in zip(*shares)]
 
     assert batches(world, 0)[step:] == batches(other, step)
+
+
+class Numbers(torch.utils.data.Dataset):
+    def __getitem__(self, key: tuple[int, int]) -> int:
+        return key[1]
+
+
+def read_by(ranks: int, workers: int, first: int = 0) -> list[list[int]]:
+    """The global batches, in order, as `ranks` processes with `workers` data workers each read them."""
+    settings = TrainingSettings(batch=16, micro_batch=2, epochs=2, seed=5)
+    shares = []
+    for rank in range(ranks):
+        plan = BatchPlan(settings, sets=100, per_shard=7, processes=ranks, process=rank)
+        loader = torch.utils.data.DataLoader(
+            Numbers(), batch_sampler=list(plan.reading_order(first)), num_workers=workers, collate_fn=list
+        )
+        passes = 16 // ranks // 2
+        read = list(loader)
+        shares.append([list(chain(*read[i : i + passes])) for i in range(0, len(read), passes)])
+    return [[share[i % ranks][i // ranks] for i in range(16)] for share in zip(*shares)]
+
+
+def test_ranks_and_workers_read_the_same_global_batches_and_resume_them():
+    expected = read_by(1, 0)
+    assert len(expected) == 12 and set(chain(*expected[:6])) != set(chain(*expected[6:]))
+    assert all(read_by(ranks, 0) == expected for ranks in (2, 4, 8))
+    assert all(
+        read_by(ranks, workers) == expected for ranks, workers in ((1, 1), (1, 2), (2, 1), (2, 2), (4, 2), (8, 1))
+    )
+    assert read_by(8, 2, first=5) == expected[5:]  # begun on one rank
 
 
 def test_few_shards_are_open_at_a_time():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from m2m.data import verified
 from m2m.data.sets import (
     FEATURES,
     LATENTS,
@@ -20,7 +21,7 @@ from m2m.data.sets import (
     chosen_images,
     write_index,
 )
-from m2m.data.shards import ShardWriter, npy_bytes
+from m2m.data.shards import ShardPaths, ShardWriter, npy_bytes, shard_faults
 from m2m.errors import ArtifactError, ConfigError
 from m2m.generation.features import stored
 
@@ -145,6 +146,26 @@ def test_int8_features_are_close(sets, tmp_path):
     step = drawn.abs().amax(-1, keepdim=True) / 127
     assert ((read - drawn).abs() <= step * 0.5001).all()
     assert len(files[FEATURES]) + len(files[SCALES]) < 0.6 * len(stored(drawn, "fp16")[FEATURES]) + 200
+
+
+def test_training_refuses_a_damaged_shard_when_it_is_first_read(sets, monkeypatch):
+    looked = []
+    monkeypatch.setattr(
+        verified, "shard_faults", lambda out, number: looked.append(number) or shard_faults(out, number)
+    )
+    for _ in range(2):
+        found = TrainingSets(sets, "train", 4, seed=7)
+        assert [found[i]["sample"] for i in range(3)] == [0, 1, 2]
+    assert looked == [0, 1]  # once, whoever opens it
+    tar = ShardPaths(sets, 1).tar
+    content = bytearray(tar.read_bytes())
+    content[700] ^= 1
+    tar.write_bytes(content)
+    found = TrainingSets(sets, "train", 4, seed=7)
+    assert found[0]["sample"] == 0
+    with pytest.raises(ArtifactError, match=r"00001\.tar has other content.*shards repair"):
+        found[2]
+    assert looked == [0, 1, 1]
 
 
 def test_a_loader_reads_with_workers(sets, features):

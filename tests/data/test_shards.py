@@ -1,5 +1,6 @@
 """Shards: equal bytes for equal sets, any set in one read, damage found, and nothing half-written believed."""
 
+import errno
 import io
 import pickle
 import tarfile
@@ -19,6 +20,7 @@ from m2m.data.shards import (
     is_current,
     npy_bytes,
     read_record,
+    rebuild_index,
     shard_faults,
 )
 from m2m.errors import ArtifactError
@@ -105,6 +107,70 @@ def test_a_new_writer_clears_what_a_killed_one_left(tmp_path):
     write(tmp_path / "b", arrays())
     (left / ".00001.tar.tmp").unlink()
     assert {p.name: p.read_bytes() for p in left.iterdir()} == whole
+
+
+class FullDisk:
+    """Files opened for writing share so many bytes; then they say what a full disk says."""
+
+    def __init__(self, monkeypatch, left: int) -> None:
+        opened = Path.open
+
+        class Limited:
+            def __init__(self, file) -> None:
+                self.file = file
+
+            def write(self, content: bytes) -> None:
+                nonlocal left
+                left -= len(content)
+                if left < 0:
+                    self.file.write(content[: len(content) + left])
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                self.file.write(content)
+
+            def __getattr__(self, name: str):
+                return getattr(self.file, name)
+
+            def __enter__(self) -> "Limited":
+                return self
+
+            def __exit__(self, *_) -> None:
+                self.file.close()
+
+        def limited(path: Path, mode: str = "r", *args, **kwargs):
+            file = opened(path, mode, *args, **kwargs)
+            return Limited(file) if mode == "wb" else file
+
+        monkeypatch.setattr(Path, "open", limited)
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.99, 1.0, 1.05, 1.2])
+def test_a_full_disk_leaves_no_half_shard(tmp_path, monkeypatch, share):
+    paths = ShardPaths(write(tmp_path / "free", arrays()), 0)
+    tar, rest = paths.tar.stat().st_size, paths.index.stat().st_size + paths.record.stat().st_size
+    with monkeypatch.context() as patched, pytest.raises(ArtifactError, match=r"No space left.*Nothing of this shard"):
+        FullDisk(patched, int(share * tar) if share <= 1 else tar + int((share - 1) * 4 * rest))
+        write(tmp_path / "full", arrays())
+    assert list((tmp_path / "full" / "shards").iterdir()) == []
+    write(tmp_path / "full", arrays())
+    assert shard_faults(tmp_path / "full", 0) == []
+
+
+def test_an_index_is_made_again_from_its_tar(tmp_path):
+    paths = ShardPaths(write(tmp_path, arrays()), 0)
+    index = paths.index.read_bytes()
+    paths.index.write_bytes(index[:50])
+    assert rebuild_index(tmp_path, 0) and paths.index.read_bytes() == index
+    paths.tar.write_bytes(paths.tar.read_bytes()[:900])
+    assert not rebuild_index(tmp_path, 0)
+
+
+def test_what_a_filter_dropped_is_kept_apart_from_failures(tmp_path):
+    with ShardWriter(tmp_path, 0, "f") as writer:
+        writer.add("000000001", {"json": b"{}"})
+        writer.drop("000000002", "nudity")
+    record = read_record(tmp_path, 0)
+    assert record.failed == [] and [(f.key, f.error) for f in record.dropped] == [("000000002", "nudity")]
+    assert "dropped" not in ShardPaths(write(tmp_path / "other", arrays()), 0).record.read_text()
 
 
 def test_failures_are_kept(tmp_path):

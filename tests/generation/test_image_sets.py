@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,53 @@ def test_a_set_that_fails_is_noted_and_the_others_stand(make_profile, unmakeable
     assert all(torch.isfinite(sets.latents(i)).all() for i in range(3))
 
 
+def test_a_caption_that_the_model_stumbles_over_is_retried(make_profile, monkeypatch, tmp_path):
+    path = make_profile(max_failed=0)
+    whole = tree(run(path).folder)
+    monkeypatch.setenv("M2M_OUTPUTS", str(tmp_path / "again"))
+    latents, made = SetMaker.latents, []
+
+    def stumbling(self, caption_id, caption):
+        made.append(caption_id)
+        if caption_id == 2 and made.count(2) < 3:
+            raise RuntimeError("no kernel image\nfor this")
+        return latents(self, caption_id, caption)
+
+    monkeypatch.setattr(SetMaker, "latents", stumbling)
+    for _ in range(2):
+        with pytest.raises(
+            CheckFailed, match="1 of 4 sets failed, for example 000000002: RuntimeError: no kernel image for"
+        ):
+            run(path)
+    assert tree(run(path).folder) == whole
+    assert made == [0, 1, 2, 3, 2, 2]
+
+
+def test_a_set_that_does_not_fit_the_memory_ends_the_run(make_profile, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(SetMaker, "latents", full)
+    with pytest.raises(ConfigError, match="a set of 3 images does not fit"):
+        run(make_profile())
+
+
+def no_squares(caption: str, pictures: torch.Tensor) -> str:
+    assert pictures.shape == (3, 3, 16, 16) and pictures.dtype == torch.uint8
+    return "a square" if "square" in caption else ""
+
+
+def test_a_content_filter_records_what_it_drops(make_profile, monkeypatch):
+    monkeypatch.setitem(sys.modules, "filters_of_this_test", SimpleNamespace(no_squares=no_squares))  # type: ignore[arg-type]
+    outcome = run(make_profile(content_filter="filters_of_this_test:no_squares", max_failed=0))
+    assert outcome.manifest and {"sets": 3, "dropped": 1, "failed": 0}.items() <= outcome.manifest.counts.items()
+    assert [(f.key, f.error) for f in read_record(outcome.folder, 0).dropped] == [("000000000", "a square")]
+    sets = ImageSets(outcome.folder)
+    assert [sets.caption_id(i) for i in range(len(sets))] == [1, 2, 3]
+    with pytest.raises(ConfigError, match=r"content_filter: nowhere:no_squares can't be imported"):
+        run(make_profile(content_filter="nowhere:no_squares"))
+
+
 def test_splits_can_be_limited(make_profile):
     outcome = run(make_profile(per_split={"train": 1}, shards=1, sets_per_shard=4))
     assert outcome.manifest and outcome.manifest.counts["train"] == 1
@@ -210,6 +258,32 @@ def test_two_workers_share_the_shards(make_profile, forks, tmp_path, monkeypatch
         worker.join()
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert tree(run(path).folder) == whole
+
+
+def generate_and_note(profile: str, notes: str) -> None:
+    """Run the command, noting each set that is made."""
+    latents = SetMaker.latents
+
+    def noting(self, caption_id, caption):
+        with open(notes, "a") as f:
+            f.write(f"{caption_id}\n")
+        return latents(self, caption_id, caption)
+
+    SetMaker.latents = noting  # type: ignore[method-assign]
+    raise SystemExit(main(["generate-sets", "--config", profile, "--shards", "0"]))
+
+
+def test_two_workers_on_one_shard_make_it_once(make_profile, forks, tmp_path):
+    path, notes = make_profile(steps=10), tmp_path / "notes"
+    run_stage(STAGES["filter-captions"], load_profile(path), progress=QUIET)
+    workers = [forks.Process(target=generate_and_note, args=(str(path), str(notes))) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert notes.read_text().split() == ["0", "1"]
+    assert run(path).manifest
 
 
 def test_the_shards_are_readable_by_webdataset(make_profile):
