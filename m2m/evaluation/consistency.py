@@ -80,7 +80,7 @@ def evaluate_consistency(config: Consistency, run: StageRun) -> None:
     _tell(config, run, rows, len(chosen))
 
 
-def compare(preceding: Tensor, images: Tensor, tools: _Tools) -> dict[str, Tensor]:
+def compare(preceding: Tensor, images: Tensor, dino: Dino, reader: Reader | None) -> dict[str, Tensor]:
     """Likeness of each set's images to its preceding ones.
 
     Args:
@@ -88,21 +88,22 @@ def compare(preceding: Tensor, images: Tensor, tools: _Tools) -> dict[str, Tenso
         images: uint8 (B, n, 3, H, W).
 
     Returns:
-        (B,) means over pairs (`dino`, `style`) and over images (`nearest_rmse`, `nearest_dino`); `read` (B, n,
-        attributes) with a reader.
+        (B,) means over pairs (`dino`, `style`) and over images (`nearest_rmse`, `nearest_dino`); `dino_by_image`
+        (B, n); `read` (B, n, attributes) with a reader.
     """
-    before, tokens = each_picture(tools.dino.tokens, preceding), each_picture(tools.dino.tokens, images)
-    likeness = cosine(tools.dino.pool(tokens)[:, :, None], tools.dino.pool(before)[:, None])
+    before, tokens = each_picture(dino.tokens, preceding), each_picture(dino.tokens, images)
+    likeness = cosine(dino.pool(tokens)[:, :, None], dino.pool(before)[:, None])
     # the class token is no place in the picture: style is made of patches alone
     style = style_distance(gram(tokens[:, :, None, 1:]), gram(before[:, None, :, 1:]))
     told = {
         "dino": likeness.mean((1, 2)),
+        "dino_by_image": likeness.mean(2),
         "style": style.double().mean((1, 2)),
         "nearest_rmse": rmse(images[:, :, None], preceding[:, None]).double().amin(2).mean(1),
         "nearest_dino": likeness.amax(2).mean(1),
     }
-    if tools.reader:
-        told["read"] = each_picture(tools.reader.read, images)
+    if reader:
+        told["read"] = each_picture(reader.read, images)
     return told
 
 
@@ -140,7 +141,10 @@ def _look_at_sets(
         preceding = sets.stack([chosen[place] for place in batch], range(config.preceding))
         own = sets.stack([chosen[place] for place in batch], further)
         others = sets.stack([chosen[(place + 1) % len(chosen)] for place in batch], further)
-        compared = {"own": compare(preceding, own, tools), "others": compare(preceding, others, tools)}
+        compared = {
+            "own": compare(preceding, own, tools.dino, tools.reader),
+            "others": compare(preceding, others, tools.dino, tools.reader),
+        }
         return {f"{kind}_{key}": value for kind, told in compared.items() for key, value in told.items()}
 
     found = in_batches(run, "sets", len(chosen), config.batch, measure)
@@ -161,7 +165,9 @@ def _continue_sets(
         indices = [chosen[place] for place in batch]
         preceding = sets.stack(indices, range(config.preceding))
         made = sampler.continue_sets(preceding, [sets.key(i) for i in indices], config.num_images)
-        return compare(preceding, made, tools) | {"pictures": made[: max(0, config.shown - batch.start)]}
+        return compare(preceding, made, tools.dino, tools.reader) | {
+            "pictures": made[: max(0, config.shown - batch.start)]
+        }
 
     return in_batches(run, name, len(chosen), config.batch, measure)
 
