@@ -22,6 +22,7 @@ TOOLS = {
     "plan": ("m2m.plan", "what a profile will do and cost, stage by stage"),
     "shards": ("m2m.data.shards_cli", "list, show or verify shards"),
     "generate": ("m2m.pipelines.generate_cli", "images from images, with a trained model"),
+    "compare": ("m2m.evaluation.compare", "two or more reports or evaluations, with confidence intervals"),
     "trace": ("m2m.trace", "what an output was made from, back to the captions"),
 }
 
