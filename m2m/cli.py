@@ -24,6 +24,7 @@ TOOLS = {
     "shards": ("m2m.data.shards_cli", "list, show, verify or repair shards"),
     "data": ("m2m.data.data_cli", "what real data sets hold, and what of them is set aside and why"),
     "generate": ("m2m.pipelines.generate_cli", "images from images, with a trained model"),
+    "compare": ("m2m.evaluation.compare", "two or more reports or evaluations, with confidence intervals"),
     "trace": ("m2m.trace", "what an output was made from, back to the captions"),
 }
 

@@ -177,7 +177,7 @@ _ALL = [
             "m2m_vgsi": "finetune@vgsi",
             **{name: f"evaluate@{name}" for name in _EVALUATIONS},
         },
-        checks=("report_complete",),
+        checks=("report_complete", "no_regression"),
         deterministic=False,
     ),
 ]

@@ -10,27 +10,32 @@ from html import escape
 
 _WIDTH, _HEIGHT = 480, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 14, 44
-_MOST_POINTS = 300
+_MOST_POINTS, _MOST_BARS = 300, 64
+ERROR = " ±"
 _KNOWN = {"M2M-Self": "var(--self)", "M2M-DINO": "var(--dino)"}
 _OTHERS = ("var(--third)", "var(--fourth)", "var(--fifth)", "var(--sixth)")
 _ALONE = (
     "svg{background:#fff;font-family:sans-serif;--self:#3a6fd8;--dino:#e0682f;--third:#7b8291;--fourth:#2f9e8f;"
     "--fifth:#a95ac7;--sixth:#b78a1e}.grid{stroke:#dde}.tick,.axis{fill:#667;font-size:12px}"
-    ".line{fill:none;stroke-width:2}"
+    ".line{fill:none;stroke-width:2}.error{stroke-width:1.2;opacity:.7}"
 )
-_REFERENCES = ("ideal", "own images", "autoencoder", "text-to-image", "copied")
+_REFERENCES = ("ideal", "oracle", "own images", "autoencoder", "text-to-image", "copied")
 
 
 def chart(name: str, columns: Mapping[str, Sequence[float]]) -> str:
     """One chart as an `<svg>` element with a legend below it.
 
     Args:
-        columns: the first is the x axis; the y axis is logarithmic where positive values span a factor over 30.
+        columns: the first is the x axis; the y axis is logarithmic where positive values span a factor over 30. A
+            column "name ±" holds the errors of column "name", drawn as bars.
     """
-    x_name, *series = columns
+    x_name, *named = columns
+    series = [key for key in named if not key.endswith(ERROR)]
     x = [float(value) for value in columns[x_name]]
     lines = {key: _thinned(x, [float(value) for value in columns[key]]) for key in series}
     values = [y for points in lines.values() for _, y in points]
+    bars = {key: _bars(x, columns[key], columns[key + ERROR]) for key in series if key + ERROR in columns}
+    values += [y for of in bars.values() for _, *ends in of for y in ends]
     if not values:
         return ""
     logarithmic = min(values) > 0 and max(values) / min(values) > 30
@@ -65,6 +70,9 @@ def chart(name: str, columns: Mapping[str, Sequence[float]]) -> str:
         dashed = ' stroke-dasharray="6 5"' if any(word in key for word in _REFERENCES) else ""
         path = " ".join(f"{across(a):.1f},{down(b):.1f}" for a, b in points)
         parts.append(f'<polyline class="line" points="{path}" style="stroke:{colour}"{dashed}/>')
+        for a, lower, upper in bars.get(key, ()):
+            ends = f'x1="{across(a):.1f}" x2="{across(a):.1f}" y1="{down(lower):.1f}" y2="{down(upper):.1f}"'
+            parts.append(f'<line class="error" {ends} style="stroke:{colour}"/>')
         if len(points) <= 24:
             parts += [
                 f'<circle cx="{across(a):.1f}" cy="{down(b):.1f}" r="3.4" style="fill:{colour}">'
@@ -86,6 +94,16 @@ def picture(name: str, columns: Mapping[str, Sequence[float]]) -> str:
     entries = "".join(f'<tspan dx="12" style="fill:{colour}">{text}</tspan>' for colour, text in colours)
     legend = f'<text x="{_LEFT}" y="{_TOP - 2}" font-size="12">{entries}</text>'
     return f"{start}><style>{_ALONE}</style>{body}{legend}</svg>"
+
+
+def _bars(x: Sequence[float], y: Sequence[float], errors: Sequence[float]) -> list[tuple[float, float, float]]:
+    """(x, lower, upper) of the points that have an error; more than can be seen apart are left out."""
+    found = [
+        (a, float(b) - float(e), float(b) + float(e))
+        for a, b, e in zip(x, y, errors)
+        if math.isfinite(a) and math.isfinite(b) and math.isfinite(e)
+    ]
+    return found if len(found) <= _MOST_BARS else []
 
 
 def _thinned(x: Sequence[float], y: Sequence[float]) -> list[tuple[float, float]]:

@@ -9,6 +9,7 @@ Belongs here: those comparisons. Not here: Table 1 (`m2m.evaluation.table`).
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -17,6 +18,7 @@ from m2m.errors import InputError
 from m2m.evaluation.encoders import Dino, Reader
 from m2m.evaluation.grids import write_grid
 from m2m.evaluation.measures import cosine, gram, rmse, style_distance
+from m2m.evaluation.per_set import PerSet
 from m2m.evaluation.protocol import (
     EvaluationConfig,
     Sampler,
@@ -56,6 +58,9 @@ def evaluate_consistency(config: Consistency, run: StageRun) -> None:
     """
     tools = _Tools(config.open_dino(run), config.open_reader(run))
     rows: list[dict[str, float | str | None]] = []
+    per_set = PerSet()
+    captions: list[str] = []
+    keys: list[int] = []
     for name, sampler in samplers(config, run):
         sets = SetPictures(run, sampler)
         needed = config.preceding + config.num_images
@@ -67,20 +72,23 @@ def evaluate_consistency(config: Consistency, run: StageRun) -> None:
         chosen = config.choose(len(sets), config.sets, "consistency")
         if not rows:
             own, others = _look_at_sets(config, run, sets, chosen, tools)
+            keys = [sets.key(i) for i in chosen]
             captions = [sets.caption(i) for i in chosen]
             rows = [_row(OWN, own, captions), _row(OTHERS, others, captions)]
+            _keep(per_set, OWN, own, captions, keys)
         found = _continue_sets(config, run, name, sampler, sets, chosen, tools)
         rows.append(_row(name, found, captions))
+        _keep(per_set, name, found, captions, keys)
         shown = found["pictures"]
         before = sets.stack(chosen[: len(shown)], range(config.preceding))
         run.picture(
             f"{name}: {config.preceding} preceding images, then {config.num_images} generated ones",
             write_grid(run.out / name, [[a, b] for a, b in zip(before, shown)]),
         )
-    _tell(config, run, rows, len(chosen))
+    _tell(config, run, rows, len(chosen), per_set)
 
 
-def compare(preceding: Tensor, images: Tensor, tools: _Tools) -> dict[str, Tensor]:
+def compare(preceding: Tensor, images: Tensor, dino: Dino, reader: Reader | None) -> dict[str, Tensor]:
     """Likeness of each set's images to its preceding ones.
 
     Args:
@@ -88,21 +96,22 @@ def compare(preceding: Tensor, images: Tensor, tools: _Tools) -> dict[str, Tenso
         images: uint8 (B, n, 3, H, W).
 
     Returns:
-        (B,) means over pairs (`dino`, `style`) and over images (`nearest_rmse`, `nearest_dino`); `read` (B, n,
-        attributes) with a reader.
+        (B,) means over pairs (`dino`, `style`) and over images (`nearest_rmse`, `nearest_dino`); `dino_by_image`
+        (B, n); `read` (B, n, attributes) with a reader.
     """
-    before, tokens = each_picture(tools.dino.tokens, preceding), each_picture(tools.dino.tokens, images)
-    likeness = cosine(tools.dino.pool(tokens)[:, :, None], tools.dino.pool(before)[:, None])
+    before, tokens = each_picture(dino.tokens, preceding), each_picture(dino.tokens, images)
+    likeness = cosine(dino.pool(tokens)[:, :, None], dino.pool(before)[:, None])
     # the class token is no place in the picture: style is made of patches alone
     style = style_distance(gram(tokens[:, :, None, 1:]), gram(before[:, None, :, 1:]))
     told = {
         "dino": likeness.mean((1, 2)),
+        "dino_by_image": likeness.mean(2),
         "style": style.double().mean((1, 2)),
         "nearest_rmse": rmse(images[:, :, None], preceding[:, None]).double().amin(2).mean(1),
         "nearest_dino": likeness.amax(2).mean(1),
     }
-    if tools.reader:
-        told["read"] = each_picture(tools.reader.read, images)
+    if reader:
+        told["read"] = each_picture(reader.read, images)
     return told
 
 
@@ -140,7 +149,10 @@ def _look_at_sets(
         preceding = sets.stack([chosen[place] for place in batch], range(config.preceding))
         own = sets.stack([chosen[place] for place in batch], further)
         others = sets.stack([chosen[(place + 1) % len(chosen)] for place in batch], further)
-        compared = {"own": compare(preceding, own, tools), "others": compare(preceding, others, tools)}
+        compared = {
+            "own": compare(preceding, own, tools.dino, tools.reader),
+            "others": compare(preceding, others, tools.dino, tools.reader),
+        }
         return {f"{kind}_{key}": value for kind, told in compared.items() for key, value in told.items()}
 
     found = in_batches(run, "sets", len(chosen), config.batch, measure)
@@ -161,7 +173,9 @@ def _continue_sets(
         indices = [chosen[place] for place in batch]
         preceding = sets.stack(indices, range(config.preceding))
         made = sampler.continue_sets(preceding, [sets.key(i) for i in indices], config.num_images)
-        return compare(preceding, made, tools) | {"pictures": made[: max(0, config.shown - batch.start)]}
+        return compare(preceding, made, tools.dino, tools.reader) | {
+            "pictures": made[: max(0, config.shown - batch.start)]
+        }
 
     return in_batches(run, name, len(chosen), config.batch, measure)
 
@@ -179,7 +193,27 @@ def _row(name: str, found: Mapping[str, Tensor], captions: Sequence[str]) -> dic
     return row
 
 
-def _tell(config: Consistency, run: StageRun, rows: list[dict[str, float | str | None]], sets: int) -> None:
+def _keep(
+    per_set: PerSet, name: str, found: Mapping[str, Tensor], captions: Sequence[str], keys: Sequence[int]
+) -> None:
+    """The same by set. Nearness to the preceding images is neither good nor bad: the sets' own is the measure of it."""
+    own = name == OWN
+    per_set.add(f"{name}: DINO likeness", found["dino"], "neither" if own else "higher", keys)
+    per_set.add(f"{name}: style distance", found["style"], "neither" if own else "lower", keys)
+    per_set.add(f"{name}: nearest, RMSE", found["nearest_rmse"], "neither", keys)
+    per_set.add(f"{name}: nearest, DINO", found["nearest_dino"], "neither", keys)
+    if "read" in found:
+        rates = [asked_and_free(read[None], [caption]) for read, caption in zip(found["read"], captions)]
+        for place, title in enumerate(("named attributes read", "pairs that differ in unnamed ones")):
+            told = [(rate[place], key) for rate, key in zip(rates, keys) if rate[place] is not None]
+            if told:
+                values = np.array([value for value, _ in told], np.float64)
+                per_set.add(f"{name}: {title}", values, "neither" if own else "higher", [key for _, key in told])
+
+
+def _tell(
+    config: Consistency, run: StageRun, rows: list[dict[str, float | str | None]], sets: int, per_set: PerSet
+) -> None:
     # style distances have no scale of their own: between the set's own images 0, another set's 1
     low, high = (float(row["style distance"] or 0.0) for row in rows[:2])
     for row in rows:
@@ -196,4 +230,4 @@ def _tell(config: Consistency, run: StageRun, rows: list[dict[str, float | str |
             }
         )
     run.count(sets=sets, generated_images=sets * config.num_images * 2)
-    conclude(run, {"rows": rows})
+    conclude(run, {"rows": rows}, per_set)

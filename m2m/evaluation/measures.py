@@ -1,20 +1,19 @@
 """Measures of pictures and of features already computed: distances, scores, likeness.
 
-Belongs here: arithmetic, most of it torchmetrics'. Not here: models that make features (`m2m.evaluation.encoders`),
-protocols that decide what is compared with what.
+Belongs here: arithmetic, torchmetrics' where that is exact enough. Not here: models that make features
+(`m2m.evaluation.encoders`), protocols that decide what is compared with what.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
-from torchmetrics.multimodal import CLIPScore
 
 from m2m.errors import InputError
 
@@ -30,44 +29,80 @@ class _Given(nn.Module):
         return features
 
 
-class _Embedded:
-    """Stands where torchmetrics expects a CLIP model and its processor: its "images" already are embeddings (D, 1, 1).
+@dataclass(frozen=True)
+class Moments:
+    """A Gaussian fitted to features: their number, mean and covariance, in float64.
 
-    So that each picture is encoded once although it is compared with many; and since transformers v5 answers
-    `get_image_features` with an object where torchmetrics 1.9 expects a tensor.
+    Moments of parts add up to the moments of the whole, so that features may come in batches and from processes.
+
+    Attributes:
+        mean: (D,).
+        root: (r, D), r at most D where there are that many samples: root.T @ root is the scatter matrix, the covariance
+            times count - 1. Kept as a root, because roots of a covariance's small eigenvalues keep half the digits.
     """
 
-    def __call__(self, images: Sequence[Tensor], **_: Any) -> dict[str, Tensor]:
-        return {"pixel_values": torch.stack(list(images))}
+    count: int
+    mean: Tensor
+    root: Tensor
 
-    def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        return pixel_values.flatten(1)
+    @classmethod
+    def of(cls, features: Tensor) -> "Moments":
+        """Of features (n, D).
 
-    def to(self, _device: Any) -> "_Embedded":
-        return self
+        Raises:
+            InputError: no features, or some that are not finite.
+        """
+        if features.ndim != 2 or not len(features):
+            raise InputError(f"expected features (n, D) of one picture or more, got {tuple(features.shape)}")
+        require_finite(features, "features")
+        features = features.double()
+        mean = features.mean(0)
+        return cls(len(features), mean, _triangle(features - mean))
+
+    def __add__(self, other: "Moments") -> "Moments":
+        if len(self.mean) != len(other.mean):
+            raise InputError(
+                f"features of {len(self.mean)} and of {len(other.mean)} numbers can't be compared: "
+                "they were made by different backbones or layers"
+            )
+        count = self.count + other.count
+        shift = other.mean - self.mean
+        between = shift[None] * math.sqrt(self.count * other.count / count)
+        root = _triangle(torch.cat([self.root, other.root, between]))
+        return Moments(count, self.mean + shift * (other.count / count), root)
 
 
-def frechet_distance(real: Tensor, generated: Tensor) -> float:
+def frechet_distance(real: Tensor | Moments, generated: Tensor | Moments) -> float:
     """Fréchet distance of two Gaussians fitted to features: FID where the features are Inception's.
 
+    |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2). The last trace is the sum of the singular values of A B^T where
+    S1 = A^T A and S2 = B^T B: no matrix square root, whose eigenvalues near 0 would lose half their digits.
+
     Args:
-        real, generated: (n, D) and (m, D). Float64 from here on: float32 was off by 0.04 on a true 0.19.
+        real, generated: features (n, D) and (m, D), or their moments. Float64 from here on: float32 was off by 0.04 on
+            a true 0.19.
 
     Raises:
         InputError: no more samples than features on either side: their covariance would be singular, and the distance
-            would say more about the number of samples than about the pictures.
+            would say more about the number of samples than about the pictures. Or features that are not finite, or of
+            different backbones.
     """
-    dimension = real.shape[1]
-    fewest = min(len(real), len(generated))
+    one, two = (part if isinstance(part, Moments) else Moments.of(part) for part in (real, generated))
+    dimension, fewest = len(one.mean), min(one.count, two.count)
+    if dimension != len(two.mean):
+        raise InputError(
+            f"FID of {dimension} and of {len(two.mean)} features: they were made by different backbones or layers"
+        )
     if fewest <= dimension:
         raise InputError(
             f"FID needs more samples than features: {fewest} samples, {dimension} features. "
             f"Set sets to {dimension + 1} or more (and make that many test sets)"
         )
-    metric = FrechetInceptionDistance(feature=_Given(dimension))
-    metric.update(real.double(), real=True)
-    metric.update(generated.double(), real=False)
-    return metric.compute().item()
+    first, second = (part.root / math.sqrt(part.count - 1) for part in (one, two))
+    shared = torch.linalg.svdvals(first @ second.T).sum()
+    apart = (one.mean - two.mean).square().sum()
+    # of equal sides the sum is 0 up to rounding, to either side of it
+    return max(0.0, (apart + first.square().sum() + second.square().sum() - 2 * shared).item())
 
 
 def inception_score(logits: Tensor, splits: int = 1, seed: int = 0) -> float:
@@ -79,7 +114,11 @@ def inception_score(logits: Tensor, splits: int = 1, seed: int = 0) -> float:
 
     Returns:
         Between 1 and the smaller of `classes` and n / splits.
+
+    Raises:
+        InputError: logits that are not finite.
     """
+    require_finite(logits, "logits")
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of memory, and of the deviation over parts, which is not used
         metric = InceptionScore(feature=_Given(logits.shape[1]), splits=splits)
@@ -88,15 +127,19 @@ def inception_score(logits: Tensor, splits: int = 1, seed: int = 0) -> float:
         return metric.compute()[0].item()
 
 
-def clip_score(embeddings: Tensor, others: Tensor) -> float:
-    """100 times the mean cosine of paired CLIP embeddings, not below 0 (Hessel et al., 2021, in torchmetrics' scale).
+def clip_scores(embeddings: Tensor, others: Tensor) -> Tensor:
+    """100 times the cosine of CLIP embeddings, of which CLIP score is the mean (Hessel et al., 2021, in torchmetrics'
+    scale; its cut at 0 is left out, for no mean of real scores comes near it).
 
     Args:
-        embeddings, others: (n, D) each, of pictures or of texts; pairs are rows.
+        embeddings, others: (..., D) each, of pictures or of texts; broadcast over the axes before the last.
+
+    Raises:
+        InputError: embeddings that are not finite.
     """
-    metric = CLIPScore(model_name_or_path=lambda: (_Embedded(), _Embedded()))  # type: ignore[arg-type]
-    metric.update(_as_images(embeddings), _as_images(others))
-    return metric.compute().item()
+    require_finite(embeddings, "embeddings")
+    require_finite(others, "embeddings")
+    return 100 * cosine(embeddings, others)
 
 
 def cosine(features: Tensor, others: Tensor) -> Tensor:
@@ -165,8 +208,23 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
     return told.mean().item(), told.std().item() if len(told) > 1 else 0.0
 
 
-def _as_images(embeddings: Tensor) -> Tensor:
-    return embeddings.double()[:, :, None, None]
+def require_finite(features: Tensor, what: str) -> None:
+    """Refuse what would turn every score into no number.
+
+    Raises:
+        InputError: names the first row that is not finite.
+    """
+    wrong = (~torch.isfinite(features)).flatten(1).any(1).nonzero()[:, 0]
+    if len(wrong):
+        raise InputError(
+            f"{len(wrong)} of {len(features)} pictures have {what} that are not finite (the first: {int(wrong[0])}): "
+            "the backbone's weights are damaged, or compute.dtype is too small for them"
+        )
+
+
+def _triangle(rows: Tensor) -> Tensor:
+    """Fewer rows with the same rows.T @ rows."""
+    return torch.linalg.qr(rows, mode="r").R if len(rows) > rows.shape[1] else rows
 
 
 def _unit(pictures: Tensor) -> Tensor:

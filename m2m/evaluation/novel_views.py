@@ -6,6 +6,7 @@ LPIPS, which view synthesis often reports as well, is left out: its weights come
 does not need otherwise.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,10 +20,13 @@ from m2m.data.objaverse import ObjaverseViews, PosedViews, relative_poses
 from m2m.errors import ConfigError, InputError
 from m2m.evaluation.grids import write_grid
 from m2m.evaluation.measures import cosine, psnr, ssim
+from m2m.evaluation.per_set import PerSet
 from m2m.evaluation.protocol import EvaluationConfig, Sampler, conclude, each_picture, in_batches
 from m2m.stage_run import StageRun
 
 _MEASURES = {"psnr": "PSNR, dB", "ssim": "SSIM", "dino": "DINO likeness"}
+_AMONG = "DINO likeness among the views"
+_ANGLES = (0, 15, 30, 60, 90, 181)  # degrees
 _NEAREST, _CEILING = "the nearest preceding view, copied", "the true view through the autoencoder"
 
 
@@ -45,7 +49,9 @@ def evaluate_novel_views(config: NovelViews, run: StageRun) -> None:
     """Generate the last views of held-out objects from the first 1, 2, ... ones, each directly from true views.
 
     Compared with the true views by PSNR, SSIM and DINOv2 cosine, beside copying the preceding view whose camera is
-    nearest, and beside the autoencoder's own loss. The grids show sequences generated one after the other, as Fig. 7.
+    nearest, and beside the autoencoder's own loss. How alike the views of one object are among each other (consistency)
+    is beside that of the true ones, as the autoencoder leaves them. The grids show sequences generated one after the
+    other, as Fig. 7.
 
     Raises:
         InputError: no held-out objects with enough views.
@@ -66,12 +72,15 @@ def evaluate_novel_views(config: NovelViews, run: StageRun) -> None:
         def score(name: str, made: Tensor) -> None:
             told[f"{name}.psnr"] = each_pair(psnr, made, truth)
             told[f"{name}.ssim"] = each_pair(ssim, made, truth)
-            told[f"{name}.dino"] = cosine(each_picture(dino.pictures, made), known)
+            seen = each_picture(dino.pictures, made)
+            told[f"{name}.dino"] = cosine(seen, known)
+            told[f"{name}.among"] = _among(seen)
 
         for count in config.preceding:
             made = _each_target(config, sampler, list(batch), images[:, :count], poses, count)
             score(f"m2m.{count}", made)
-            nearest = torch.stack([_nearest(view, count, config.targets) for view in views])
+            angles = torch.stack([view_angles(view.poses)[-config.targets :, :count] for view in views])
+            told[f"angle.{count}"], nearest = angles.rad2deg().min(2)
             score(f"nearest.{count}", torch.stack([row[place] for row, place in zip(images, nearest)]))
         score("ceiling", sampler.reconstruct(truth))
         told["sequence"] = _sequence(config, sampler, list(batch), images, poses)
@@ -181,14 +190,54 @@ def _sequence(config: NovelViews, sampler: Sampler, keys: Sequence[int], images:
     )
 
 
-def _nearest(view: PosedViews, count: int, targets: int) -> Tensor:
-    """For each target, which of the first `count` views is seen from the nearest direction."""
-    return view_angles(view.poses)[-targets:, :count].argmin(1)
+def _errors(per_set: PerSet, title: str, counts: Sequence[int]) -> dict[str, list[float]]:
+    """Columns of errors over objects; none for a single object."""
+    found = {
+        name: [per_set.metrics[f"{name}, {n} before: {title}"].error for n in counts] for name in ("M2M-DINO", _NEAREST)
+    }
+    return {f"{name} ±": [e for e in of if e is not None] for name, of in found.items() if None not in of}
+
+
+def _among(seen: Tensor) -> Tensor:
+    """How alike the views of an object are among each other: descriptors (B, n, D) -> (B,); 1 for a single view."""
+    pairs = torch.triu_indices(seen.shape[1], seen.shape[1], 1)
+    if not pairs.shape[1]:
+        return torch.ones(len(seen), dtype=torch.float64)
+    return cosine(seen[:, pairs[0]], seen[:, pairs[1]]).mean(1)
+
+
+def by_angle(config: NovelViews, found: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """Rows by the angle between a target and the nearest preceding view, over all numbers of preceding views.
+
+    The further the camera has to go, the less copying helps.
+    """
+    angles = torch.cat([found[f"angle.{count}"].flatten() for count in config.preceding])
+    rows = []
+    for low, high in itertools.pairwise(_ANGLES):
+        inside = (angles >= low) & (angles < high)
+        if not inside.any():
+            continue
+        row: dict[str, Any] = {"angle to the nearest view": f"{low} to {high} degrees", "views": int(inside.sum())}
+        for key, name in {"m2m": "M2M-DINO", "nearest": "copied"}.items():
+            for measure, title in _MEASURES.items():
+                values = torch.cat([found[f"{key}.{count}.{measure}"].flatten() for count in config.preceding])
+                row[f"{title}, {name}"] = values[inside].double().mean().item()
+        rows.append(row)
+    return rows
 
 
 def _tell(config: NovelViews, run: StageRun, found: Mapping[str, Tensor], objects: int, most: int) -> None:
+    per_set = PerSet()
+    ours = ["sequence", *(f"m2m.{count}" for count in config.preceding)]
+
     def row(name: str, key: str, count: int | None) -> dict[str, Any]:
-        means = {title: found[f"{key}.{measure}"].mean().item() for measure, title in _MEASURES.items()}
+        place = name if count is None else f"{name}, {count} before"
+        told = {
+            title: per_set.add(f"{place}: {title}", found[f"{key}.{measure}"], "higher" if key in ours else "neither")
+            for measure, title in _MEASURES.items()
+        }
+        means = {title: metric.mean for title, metric in told.items()}
+        means[_AMONG] = found[f"{key}.among"].mean().item()
         return {"views": name, "preceding views": count, **means}
 
     rows = [row("M2M-DINO", f"m2m.{count}", count) for count in config.preceding]
@@ -196,6 +245,8 @@ def _tell(config: NovelViews, run: StageRun, found: Mapping[str, Tensor], object
     rows += [row(_NEAREST, f"nearest.{count}", count) for count in config.preceding]
     rows.append(row(_CEILING, "ceiling", None))
     run.table("New views against the true ones", rows)
+    angles = by_angle(config, found)
+    run.table("By angle to the nearest preceding view", angles)
     x = [float(count) for count in config.preceding]
     for title in _MEASURES.values():
         run.curve(
@@ -205,6 +256,7 @@ def _tell(config: NovelViews, run: StageRun, found: Mapping[str, Tensor], object
                 "M2M-DINO": [r[title] for r in rows if r["views"] == "M2M-DINO"],
                 _NEAREST: [r[title] for r in rows if r["views"] == _NEAREST],
                 _CEILING: [rows[-1][title]] * len(x),
+                **_errors(per_set, title, config.preceding),
             },
         )
     best = rows[len(config.preceding) - 1]
@@ -214,4 +266,4 @@ def _tell(config: NovelViews, run: StageRun, found: Mapping[str, Tensor], object
     )
     generated = objects * config.targets * (len(config.preceding) + 1)
     run.count(objects=objects, generated_images=generated)
-    conclude(run, {"rows": rows})
+    conclude(run, {"rows": rows, "by_angle": angles}, per_set)

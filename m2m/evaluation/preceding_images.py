@@ -7,18 +7,24 @@ exactly that conclusion; how near the model comes is what this measures where th
 Belongs here: trials, the ideal observer, the reader's errors. Not here: drawing pictures (`m2m.tiny.world`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from m2m.data.sets import ImageSets
-from m2m.evaluation.encoders import Clip, Reader
+from m2m.evaluation.encoders import ClassifierBackbone, Clip, Reader
 from m2m.evaluation.grids import write_grid
+from m2m.evaluation.instruments import Tools, prove
 from m2m.evaluation.measures import cosine
+from m2m.evaluation.per_set import PerSet, ratio_values
+from m2m.evaluation.planted import PLANTED, PlantedSampler, WorldSets
 from m2m.evaluation.protocol import (
+    Continues,
     EvaluationConfig,
     Sampler,
     SetPictures,
@@ -33,6 +39,9 @@ from m2m.stage_run import StageRun
 from m2m.tiny.world import ATTRIBUTES, draw, read_caption, sample_scene
 
 _SHARED_RATE = 0.5  # of a trial's attributes; both kinds of trials then are equally many, whatever the captions do
+_KINDS = {"agreement": "agreement", "kept": "kept where shared", "varying": "agreement where they vary"}
+_REACH = {"agreement": "ideal observer", "kept": "all", "varying": "chance"}
+Rates = TypeVar("Rates", float, np.ndarray)
 
 
 class PrecedingImages(EvaluationConfig):
@@ -40,6 +49,9 @@ class PrecedingImages(EvaluationConfig):
 
     trials: int = Field(200, ge=1, description="sets of preceding images: drawn by the world with a reader, else tests")
     preceding: list[int] = Field([1, 2, 3, 4], min_length=1, description="numbers of preceding images (Fig. 6: 1 to 4)")
+    planted_sets: int = Field(
+        16, ge=0, description="sets that planted models continue to prove the measures; needs a reader, 0 leaves it out"
+    )
 
 
 @dataclass(frozen=True)
@@ -48,35 +60,50 @@ class Trials:
 
     pictures: Tensor  # uint8 (trials, W, 3, H, W)
     keys: list[int]
-    labels: Tensor | None  # int64 (trials, W, attributes), where the world drew the pictures
-    shared: Tensor | None  # bool (trials, attributes)
+    labels: Tensor | None = None  # int64 (trials, W, attributes), where the world drew the pictures
+    shared: Tensor | None = None  # bool (trials, attributes)
+    sets: WorldSets | None = None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How often images agree with preceding ones."""
+
+    values: np.ndarray  # float64 (trials,), their mean is the rate corrected for the reader's errors
+    as_read: float
+    reach: float  # the best rate there is
 
 
 def evaluate_preceding_images(config: PrecedingImages, run: StageRun) -> None:
     """Generate one image after 1, 2, ... preceding ones, with the same noise, without and with guidance.
 
     Tells the likeness (CLIP) to all of a set's preceding images, shown or not, and with a reader how often the image
-    agrees in the attributes that they share, and in the ones that vary among them (there, with the first image).
+    agrees in the attributes in which they do, and in the ones in which they differ (there, with the first image).
+    Planted models go through the same arithmetic: the oracle has to meet the ideal observer's curve.
     """
     clip, reader = config.open_clip(run), config.open_reader(run)
     guidances = sorted({1.0, config.sampling.guidance_scale})
-    priors = _shared_rates(run) if reader else {}
-    rows: list[dict[str, float | str | None]] = []
-    accuracy: dict[str, float] = {}
+    told = _Told(config, run, _shared_rates(run) if reader else {})
     for name, sampler in samplers(config, run):
         trials = _draw_trials(config, sampler.size) if reader else _test_sets(config, run, sampler)
+        if reader and not told.rows:
+            # planted models have no guidance, and their pictures did not go through the autoencoder
+            accuracy = _reading_accuracy(lambda pictures: pictures, trials, reader)
+            for kind in PLANTED:
+                planted = PlantedSampler(kind, trials.sets, sampler.size, first=max(config.preceding))
+                found = _generate(config, run, kind, planted, trials, [1.0], clip, reader)
+                told.add(f"planted: {kind}", trials, found, [None], accuracy)
+        accuracy = _reading_accuracy(sampler.reconstruct, trials, reader) if reader else {}
         found = _generate(config, run, name, sampler, trials, guidances, clip, reader)
-        if reader and trials.labels is not None:
-            accuracy = accuracy or _reading_accuracy(sampler, trials, reader)
-        for g, guidance in enumerate(guidances):
-            for k, count in enumerate(config.preceding):
-                row = {"model": name, "guidance": guidance, "preceding images": count}
-                row["CLIP to all preceding"] = found["clip"][:, g, k].mean().item() * 100
-                if reader:
-                    row |= _agreement(trials, found["read"][:, g, k], count, priors, accuracy)
-                rows.append(row)
+        told.add(name, trials, found, guidances, accuracy)
         _show(config, run, name, trials, found["pictures"])
-    _tell(config, run, rows, guidances, priors, accuracy)
+    if reader and config.reader and config.planted_sets:
+        backbone = ClassifierBackbone(config.reader, run.profile.root, config.compute)
+        tools = Tools(clip, config.open_dino(run), reader, backbone)
+        drawn = WorldSets.drawn(config.planted_sets, namespaced(config.seed, "planted"), _SHARED_RATE)
+        shown = prove(drawn, tools, size=trials.pictures.shape[-1], preceding=4, num_images=6, seed=config.seed)
+        told.metrics["planted"] = shown.tell(run)
+    told.conclude(guidances, accuracy)
 
 
 def ideal_agreement(prior: float, values: int, preceding: int) -> float:
@@ -94,16 +121,17 @@ def ideal_agreement(prior: float, values: int, preceding: int) -> float:
     return shared + (1 - shared) / values
 
 
-def corrected(observed: float, accuracy: float, values: int) -> float:
-    """The true rate behind one that a reader with errors has observed, between 0 and 1.
+def corrected(observed: Rates, accuracy: float, values: int) -> Rates:
+    """The true rate behind one that a reader with errors has observed.
 
     A reader who is right at a rate r and errs evenly among the other V - 1 values observes
-    o = a r + (1 - a) (1 - r) / (V - 1) where the true rate is a; this solves for a.
+    o = a r + (1 - a) (1 - r) / (V - 1) where the true rate is a; this solves for a. The estimate is unbiased, so noise
+    may bring it a little below 0 or above 1.
     """
     by_error = (1 - accuracy) / (values - 1)
     if accuracy <= by_error:  # reads no better than chance: nothing can be corrected
         return observed
-    return min(1.0, max(0.0, (observed - by_error) / (accuracy - by_error)))
+    return (observed - by_error) / (accuracy - by_error)
 
 
 def _shared_rates(run: StageRun) -> dict[str, float]:
@@ -115,7 +143,7 @@ def _shared_rates(run: StageRun) -> dict[str, float]:
 
 def _draw_trials(config: PrecedingImages, size: int) -> Trials:
     namespace = namespaced(config.seed, "preceding images")
-    pictures, labels, shared = [], [], []
+    pictures, labels, shared, named = [], [], [], []
     for trial in range(config.trials):
         drawn = keyed_generator(namespace, trial)
         pattern = sample_scene(drawn)
@@ -126,21 +154,23 @@ def _draw_trials(config: PrecedingImages, size: int) -> Trials:
         pictures.append(at_size(images, size))
         labels.append(torch.tensor([scene.labels() for scene in scenes]))
         shared.append(torch.from_numpy(keeps))
-    return Trials(torch.stack(pictures), list(range(config.trials)), torch.stack(labels), torch.stack(shared))
+        named.append(fixed)
+    keys, sets = list(range(config.trials)), WorldSets(named, config.seed)
+    return Trials(torch.stack(pictures), keys, torch.stack(labels), torch.stack(shared), sets)
 
 
 def _test_sets(config: PrecedingImages, run: StageRun, sampler: Sampler) -> Trials:
     sets = SetPictures(run, sampler)
     chosen = config.choose(len(sets), config.trials, "preceding images")
     pictures = sets.stack(chosen, range(max(config.preceding)))
-    return Trials(pictures, [sets.key(i) for i in chosen], None, None)
+    return Trials(pictures, [sets.key(i) for i in chosen])
 
 
 def _generate(
     config: PrecedingImages,
     run: StageRun,
     name: str,
-    sampler: Sampler,
+    sampler: Continues,
     trials: Trials,
     guidances: Sequence[float],
     clip: Clip,
@@ -175,40 +205,55 @@ def _generate(
     return in_batches(run, name, len(trials.keys), config.batch, measure)
 
 
-def _reading_accuracy(sampler: Sampler, trials: Trials, reader: Reader) -> dict[str, float]:
-    """How often the reader is right about pictures whose attributes are known and that, like generated ones, came out
-    of the autoencoder."""
+def _reading_accuracy(reconstruct: Callable[[Tensor], Tensor], trials: Trials, reader: Reader) -> dict[str, float]:
+    """How often the reader is right about pictures whose attributes are known.
+
+    Args:
+        reconstruct: makes the pictures like generated ones: those came out of the autoencoder.
+    """
     assert trials.labels is not None
     pictures, labels = trials.pictures.flatten(0, 1), trials.labels.flatten(0, 1)
-    read = torch.cat([reader.read(sampler.reconstruct(part)) for part in pictures.split(64)])
+    read = torch.cat([reader.read(reconstruct(part)) for part in pictures.split(64)])
     rates = (read == labels).double().mean(0)
     return dict(zip(ATTRIBUTES, rates.tolist()))
 
 
-def _agreement(
+def agreement(
     trials: Trials, read: Tensor, count: int, priors: Mapping[str, float], accuracy: Mapping[str, float]
-) -> dict[str, float | None]:
-    """Rates over trials, averaged over attributes: shared ones (as read, corrected, ideal) and varying ones."""
+) -> dict[str, Agreement]:
+    """How images agree with the first preceding one, where `count` preceding images can and can't tell.
+
+    Trials share each attribute at `_SHARED_RATE`, so that both kinds are equally many; weights bring that to the
+    prior of the training sets, which is what the model and the ideal observer know.
+
+    Args:
+        read: int64 (trials, attributes): what the reader sees in the image after the first `count`.
+
+    Returns:
+        `agreement`: after images that all agree in an attribute, shared or by chance, beside the ideal observer's;
+        `kept`: the same where the attribute is shared; `varying`: where the images were seen to differ, beside chance.
+        A kind without any case is left out. All are means over attributes, corrected for the reader's errors.
+    """
     assert trials.labels is not None and trials.shared is not None
-    agrees = read == trials.labels[:, 0]
-    raw, mended, ideal, varying = [], [], [], []
+    agrees = (read == trials.labels[:, 0]).double()
+    found: dict[str, list[tuple[np.ndarray, float, float]]] = {"agreement": [], "kept": [], "varying": []}
     for place, (name, values) in enumerate(ATTRIBUTES.items()):
-        shared = trials.shared[:, place]
-        # attributes that happened to agree although they were free to vary are no evidence of anything
-        agree_by_chance = (trials.labels[:, :count, place] == trials.labels[:, :1, place]).all(1)
-        varies = ~shared & (~agree_by_chance if count > 1 else True)
-        if shared.any():
-            rate = agrees[shared, place].double().mean().item()
-            raw.append(rate)
-            mended.append(corrected(rate, accuracy[name], len(values)))
-            ideal.append(ideal_agreement(priors[name], len(values), count))
-        if varies.any():
-            varying.append(agrees[varies, place].double().mean().item())
+        shared = trials.shared[:, place].double()
+        equal = (trials.labels[:, :count, place] == trials.labels[:, :1, place]).all(1).double()
+        weight = shared * priors[name] / _SHARED_RATE + (1 - shared) * (1 - priors[name]) / (1 - _SHARED_RATE)
+        ideal = ideal_agreement(priors[name], len(values), count)
+        # one image is no evidence that anything varies: "varying" starts with two
+        cases = {"agreement": (weight * equal, ideal), "kept": (shared, 1.0), "varying": (1 - equal, 1 / len(values))}
+        for kind, (case, reach) in cases.items():
+            if case.sum() > 0:
+                as_read = ratio_values(agrees[:, place] * case, case)
+                found[kind].append((corrected(as_read, accuracy[name], len(values)), float(as_read.mean()), reach))
     return {
-        "agreement as read": _mean(raw),
-        "agreement": _mean(mended),
-        "ideal observer": _mean(ideal),
-        "agreement where it varies": _mean(varying),
+        kind: Agreement(
+            np.mean([one[0] for one in of], 0), _mean([one[1] for one in of]), _mean([one[2] for one in of])
+        )
+        for kind, of in found.items()
+        if of
     }
 
 
@@ -222,49 +267,86 @@ def _show(config: PrecedingImages, run: StageRun, name: str, trials: Trials, pic
     )
 
 
-def _tell(
-    config: PrecedingImages,
-    run: StageRun,
-    rows: list[dict[str, float | str | None]],
-    guidances: Sequence[float],
-    priors: Mapping[str, float],
-    accuracy: Mapping[str, float],
-) -> None:
-    run.table("By number of preceding images", rows)
-    x = [float(count) for count in config.preceding]
-    measures = {"agreement": "Agreement in shared attributes", "CLIP to all preceding": "CLIP likeness"}
-    for key, title in measures.items():
-        if key not in rows[0]:
-            continue
-        for guidance in guidances:
-            here = [row for row in rows if row["guidance"] == guidance]
-            columns: dict[str, list[float]] = {"preceding images": x}
-            for row in here:
-                columns.setdefault(str(row["model"]), []).append(float(row[key] or 0.0))
-            if key == "agreement":
-                first = here[: len(x)]
-                columns["ideal observer"] = [float(row["ideal observer"] or 0.0) for row in first]
-            run.curve(f"{title}, guidance {guidance:g}", columns)
-    if accuracy:
-        run.table(
-            "The attributes",
-            [
-                {
-                    "attribute": name,
-                    "values": len(values),
-                    "training captions that name it": priors[name],
-                    "read rightly off autoencoder's pictures": accuracy[name],
-                }
-                for name, values in ATTRIBUTES.items()
-            ],
+class _Told:
+    """Rows, curves and values by trial of one evaluation as they come."""
+
+    def __init__(self, config: PrecedingImages, run: StageRun, priors: Mapping[str, float]) -> None:
+        self._config, self._run, self._priors = config, run, priors
+        self.rows: list[dict[str, Any]] = []
+        self.per_set = PerSet()
+        self.metrics: dict[str, Any] = {}
+
+    def add(
+        self,
+        name: str,
+        trials: Trials,
+        found: Mapping[str, Tensor],
+        guidances: Sequence[float | None],
+        accuracy: Mapping[str, float],
+    ) -> None:
+        """One model's rows: for every guidance (None where there is no such thing) and number of preceding images."""
+        for g, guidance in enumerate(guidances):
+            for k, count in enumerate(self._config.preceding):
+                row: dict[str, Any] = {"model": name, "guidance": guidance, "preceding images": count}
+                place = (
+                    f"{name}, {'no guidance scale' if guidance is None else f'guidance {guidance:g}'}, {count} before"
+                )
+                better = "neither" if guidance is None else "higher"
+                like = self.per_set.add(f"{place}: CLIP to all preceding", found["clip"][:, g, k] * 100, better)
+                row["CLIP to all preceding"] = like.mean
+                if trials.labels is not None:
+                    kinds = agreement(trials, found["read"][:, g, k], count, self._priors, accuracy)
+                    for kind, title in _KINDS.items():
+                        here = kinds.get(kind)
+                        metric = None if here is None else self.per_set.add(f"{place}: {title}", here.values)
+                        row[title] = metric and metric.mean
+                        row[f"{title} ±"] = metric and metric.error
+                        row[_REACH[kind]] = here and here.reach
+                    row["agreement as read"] = kinds["agreement"].as_read
+                self.rows.append({key: value for key, value in row.items() if key != _REACH["kept"]})
+
+    def conclude(self, guidances: Sequence[float], accuracy: Mapping[str, float]) -> None:
+        self._run.table("By number of preceding images", self.rows)
+        for key, title in {"agreement": "Agreement", "CLIP to all preceding": "CLIP likeness"}.items():
+            if key in self.rows[0]:
+                for guidance in guidances:
+                    self._run.curve(f"{title}, guidance {guidance:g}", self._columns(key, guidance))
+        if accuracy:
+            self._run.table(
+                "The attributes",
+                [
+                    {
+                        "attribute": name,
+                        "values": len(values),
+                        "training captions that name it": self._priors[name],
+                        "read rightly off autoencoder's pictures": accuracy[name],
+                    }
+                    for name, values in ATTRIBUTES.items()
+                ],
+            )
+        config, most = self._config, max(self._config.preceding)
+        for row in self.rows:
+            if row["preceding images"] == most and row["guidance"] == config.sampling.guidance_scale:
+                key = "agreement" if "agreement" in row else "CLIP to all preceding"
+                self._run.figure(**{f"{row['model']}: {key} after {most}": row[key]})
+        self._run.count(
+            trials=config.trials, generated_images=config.trials * len(guidances) * len(config.preceding) * 2
         )
-    for row in rows:
-        if row["preceding images"] == max(config.preceding) and row["guidance"] == config.sampling.guidance_scale:
-            key = "agreement" if "agreement" in row else "CLIP to all preceding"
-            run.figure(**{f"{row['model']}: {key} after {max(config.preceding)}": row[key]})
-    run.count(trials=config.trials, generated_images=config.trials * len(guidances) * len(config.preceding) * 2)
-    conclude(run, {"rows": rows, "priors": dict(priors), "reading_accuracy": dict(accuracy)})
+        self.metrics |= {"rows": self.rows, "priors": dict(self._priors), "reading_accuracy": dict(accuracy)}
+        conclude(self._run, self.metrics, self.per_set)
+
+    def _columns(self, key: str, guidance: float) -> dict[str, list[float]]:
+        """Models at this guidance and the oracle, each with its errors; for agreement the ideal observer, too."""
+        columns: dict[str, list[float]] = {"preceding images": [float(count) for count in self._config.preceding]}
+        here = [row for row in self.rows if row["guidance"] == guidance or row["model"] == "planted: oracle"]
+        for row in here:
+            columns.setdefault(str(row["model"]), []).append(float(row[key]))
+            if row.get(f"{key} ±") is not None:
+                columns.setdefault(f"{row['model']} ±", []).append(float(row[f"{key} ±"]))
+        if key == "agreement":
+            columns["ideal observer"] = [float(row["ideal observer"]) for row in here[: len(self._config.preceding)]]
+        return columns
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

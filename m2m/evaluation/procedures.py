@@ -6,6 +6,7 @@ Belongs here: what precedes, what is compared, what a generated step is told apa
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -15,6 +16,7 @@ from m2m.data.vgsi import Procedures
 from m2m.errors import InputError
 from m2m.evaluation.grids import write_grid
 from m2m.evaluation.measures import cosine, psnr
+from m2m.evaluation.per_set import PerSet
 from m2m.evaluation.protocol import EvaluationConfig, Sampler, conclude, in_batches
 from m2m.generation.noise import keyed_generator, namespaced
 from m2m.stage_run import StageRun
@@ -89,12 +91,26 @@ def evaluate_procedures(config: NextSteps, run: StageRun) -> None:
     sought = _rows(found, {"among_others": f"among {distractors} steps of others", "among_own": "among its own steps"})
     for row in sought:
         row |= {"chance": 1 / (1 + distractors), "chance among its own": found["chance_own"].mean().item()}
+    per_set = PerSet()
+    for key, title in {
+        **_MEASURES,
+        "among_others": "found among others' steps",
+        "among_own": "found among its own",
+    }.items():
+        per_set.add(f"{_MODEL}: {title}", found[key][:, 0], "higher", chosen)
+        per_set.add(f"{_COPY}: {title}", found[key][:, 2], "neither", chosen)
+        moved = found["reordered"]
+        if moved.any():
+            lost = (found[key][:, 0] - found[key][:, 1])[moved]
+            per_set.add(
+                f"{_MODEL}, lost out of order: {title}", lost, "neither", np.array(chosen)[moved.numpy()].tolist()
+            )
     run.table("The next step against the true one", rows)
     run.table("Finding the true next step by the generated one", sought)
     _show(config, run, sampler, procedures, chosen)
     run.figure(**{f"{title}, next step": round(rows[0][title], 4) for title in _MEASURES.values()})
     run.count(procedures=len(chosen), generated_images=len(chosen) * 2)
-    conclude(run, {"likeness": rows, "retrieval": sought})
+    conclude(run, {"likeness": rows, "retrieval": sought}, per_set)
 
 
 def _held_out(config: NextSteps, procedures: Procedures, size: int) -> list[int]:

@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -21,11 +21,13 @@ from m2m.config import Compute, ModelSource, Settings, Source, StageConfig, is_h
 from m2m.data.sets import ImageSets
 from m2m.errors import ArtifactError, InputError
 from m2m.evaluation.encoders import Clip, Dino, Reader
+from m2m.evaluation.per_set import PerSet
 from m2m.generation.noise import keyed_generator, keyed_normal, namespaced
 from m2m.models.autoencoder import decode_latents, encode_images, pixels_per_latent
 from m2m.models.unet import VARIANTS
 from m2m.stage_run import StageRun
 
+METRICS = "metrics.json"
 _PARTS = ".parts"
 
 
@@ -163,6 +165,18 @@ def samplers(config: EvaluationConfig, run: StageRun) -> Iterable[tuple[str, Sam
         yield name, Sampler(run.inputs[f"m2m_{variant}"], variant, config)
 
 
+class Continues(Protocol):
+    """What evaluations ask of a model: a trained one's `Sampler`, or a planted one (`m2m.evaluation.planted`)."""
+
+    size: int
+
+    def continue_sets(
+        self, preceding: Tensor, keys: Sequence[int], num_images: int = 1, *, guidance_scale: float | None = None
+    ) -> Tensor: ...
+
+    def reconstruct(self, pictures: Tensor) -> Tensor: ...
+
+
 class SetPictures:
     """The pictures of generate-sets' test split: the stored ones, or decoded latents where a profile stores none."""
 
@@ -219,11 +233,19 @@ def in_batches(
     return {key: torch.cat([part[key] for part in parts]) for key in (parts[0] if parts else ())}
 
 
-def conclude(run: StageRun, metrics: Mapping[str, Any]) -> None:
-    """Write `metrics.json`, check that every number in it is finite, and drop what was only kept for a restart."""
-    wrong = _not_finite(metrics, "")
+def conclude(run: StageRun, metrics: Mapping[str, Any], per_set: PerSet | None = None) -> None:
+    """Write `metrics.json`, check that every number in it, in tables and in curves is finite, and drop what was only
+    kept for a restart.
+
+    Args:
+        per_set: the metrics' values by set, from which two evaluations can be compared (`per_set.parquet`).
+    """
+    shown = {kind: run.summary.get(kind, {}) for kind in ("figures", "tables", "curves")}
+    wrong = _not_finite(metrics, "") + _not_finite(shown, "")
     run.check("metrics_finite", not wrong, f"not finite: {', '.join(wrong[:5])}")
-    artifacts.write_json(run.out / "metrics.json", dict(metrics))
+    artifacts.write_json(run.out / METRICS, dict(metrics))
+    if per_set is not None:
+        per_set.write(run.out)
     shutil.rmtree(run.out / _PARTS, ignore_errors=True)
 
 

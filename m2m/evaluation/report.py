@@ -7,12 +7,13 @@ Belongs here: gathering summaries, manifests and run records; pictures made fit 
 import base64
 import io
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jinja2
 from PIL import Image, UnidentifiedImageError
@@ -20,9 +21,12 @@ from pydantic import Field
 
 from m2m import artifacts
 from m2m.artifacts import Manifest, Summary
-from m2m.config import StageConfig
+from m2m.config import Source, StageConfig
 from m2m.errors import ArtifactError
 from m2m.evaluation.charts import chart
+from m2m.evaluation.compare import HEADLINE_LIMIT, HEADLINES, LIMIT, open_per_set, regressions
+from m2m.evaluation.per_set import PER_SET, Metric, read_per_set, write_per_set
+from m2m.evaluation.protocol import METRICS
 from m2m.stage_run import StageRun
 from m2m.stages import STAGES, Stage
 
@@ -84,6 +88,14 @@ class WriteReport(StageConfig):
     title: str = Field("Many-to-many image generation", description="the page's heading")
     picture_width: int = Field(1600, ge=64, description="pixels; wider pictures are made smaller for the page")
     headline_pictures: int = Field(2, ge=1, description="pictures at the top, from Table 1's sequences")
+    accepted: Annotated[Path | None, Source()] = Field(
+        None, description="per_set.parquet of the last accepted report, for the regression gate; without one it is off"
+    )
+    gate_headlines: list[str] = Field(
+        list(HEADLINES), description="metrics held to gate_headline_errors; all others to gate_errors"
+    )
+    gate_headline_errors: float = Field(HEADLINE_LIMIT, gt=0, description="standard errors worse that are a regression")
+    gate_errors: float = Field(LIMIT, gt=0, description="the same for the other metrics, of which there are many")
 
 
 @dataclass
@@ -96,6 +108,23 @@ class Section:
     summary: Summary
     seconds: float | None = None
     run: Mapping[str, Any] = field(default_factory=dict)
+    per_set: Mapping[str, Metric] = field(default_factory=dict)
+
+    @property
+    def origins(self) -> list[tuple[str, str]]:
+        """Seeds, and the checkpoints and data by the stage that made them and their manifest's digest."""
+        config = self.manifest.config
+        seeds = [(name.replace("_", " "), str(config[name])) for name in config if name.endswith("seed")]
+        made = [(self.stage.inputs.get(name, name), digest[:12]) for name, digest in self.manifest.inputs.items()]
+        return [*seeds, *made]
+
+    @property
+    def metric_rows(self) -> list[dict[str, Any]]:
+        """Every metric with its standard error over sets."""
+        return [
+            {"metric": name, "mean": one.mean, "standard error": one.error, "sets": len(one.values)}
+            for name, one in self.per_set.items()
+        ]
 
     @property
     def id(self) -> str:
@@ -147,8 +176,19 @@ def write_report(config: WriteReport, run: StageRun) -> None:
         fingerprint=run.fingerprint,
     )
     artifacts.write_bytes(run.out / PAGE, html.encode())
+    metrics = {
+        f"{section.stage.variant}: {name}": metric for section in sections for name, metric in section.per_set.items()
+    }
+    write_per_set(run.out / PER_SET, metrics)
+    artifacts.write_json(run.out / METRICS, {section.stage.key: _metrics(section) for section in sections})
+    worse = _regressions(config, run, metrics)
+    run.check("no_regression", not worse, "; ".join(worse))
     run.figure(**figures)
-    run.count(sections=len(sections), pictures=sum(len(section.summary.pictures) for section in sections))
+    run.count(
+        metrics=len(metrics),
+        sections=len(sections),
+        pictures=sum(len(section.summary.pictures) for section in sections),
+    )
     missing = missing_from(html, [section.id for section in sections])
     run.check("report_complete", not missing, "; ".join(missing))
 
@@ -159,6 +199,39 @@ def missing_from(html: str, sections: list[str]) -> list[str]:
     seen.feed(html)
     missing = [f"no section {name}" for name in sections if name not in seen.sections]
     return missing + [f"reads {link} from outside" for link in seen.outside]
+
+
+def _metrics(section: Section) -> dict[str, Any]:
+    """One section of the report's `metrics.json`: what was measured, and with what."""
+    path = section.folder / METRICS
+    try:
+        measured = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError:
+        raise ArtifactError(f"{path}: not JSON") from None
+    return {
+        "metrics": measured,
+        "means": {
+            name: {"mean": one.mean, "error": one.error, "sets": len(one.values), "better": one.better}
+            for name, one in section.per_set.items()
+        },
+        "config": section.manifest.config,
+        "counts": section.manifest.counts,
+        "inputs": section.manifest.inputs,
+        "fingerprint": section.manifest.fingerprint,
+        "manifest": section.manifest.digest,
+    }
+
+
+def _regressions(config: WriteReport, run: StageRun, metrics: dict[str, Metric]) -> list[str]:
+    if config.accepted is None:
+        return []
+    return regressions(
+        open_per_set(run.source(config.accepted)),
+        metrics,
+        headlines=config.gate_headlines,
+        headline_limit=config.gate_headline_errors,
+        limit=config.gate_errors,
+    )
 
 
 class _Page(HTMLParser):
@@ -182,7 +255,8 @@ def _section(run: StageRun, name: str, folder: Path) -> Section:
     if manifest is None:
         raise ArtifactError(f"{folder} is not whole. Make it with: {stage.make_command(run.profile)}")
     record = _run_record(run.profile.outputs / "runs" / stage.key, manifest)
-    return Section(stage, folder, manifest, artifacts.read_summary(folder), record.get("seconds"), record)
+    per_set = read_per_set(folder / PER_SET) if (folder / PER_SET).is_file() else {}
+    return Section(stage, folder, manifest, artifacts.read_summary(folder), record.get("seconds"), record, per_set)
 
 
 def _run_record(folder: Path, manifest: Manifest) -> dict[str, Any]:
@@ -314,7 +388,7 @@ def _decimals(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """How many decimals show a column's numbers to about four digits, and no more than they have."""
     found = {}
     for column in rows[0]:
-        values = [row[column] for row in rows if isinstance(row.get(column), float)]
+        values = [row[column] for row in rows if isinstance(row.get(column), float) and math.isfinite(row[column])]
         if values:
             largest = max(abs(value) for value in values)
             most = 4 if largest < 0.1 else 3 if largest < 10 else 2 if largest < 100 else 1
@@ -323,6 +397,8 @@ def _decimals(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def _cell(value: Any, decimals: int | None = None) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "⚠ not a finite number"
     if isinstance(value, float) and decimals is not None:
         return f"{value:,.{decimals}f}"
     if value is None:

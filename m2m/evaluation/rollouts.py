@@ -12,6 +12,7 @@ from torch import Tensor
 from m2m.evaluation.encoders import Clip, Dino, Reader
 from m2m.evaluation.grids import write_grid
 from m2m.evaluation.measures import appearance, cosine
+from m2m.evaluation.per_set import PerSet
 from m2m.evaluation.protocol import (
     EvaluationConfig,
     Sampler,
@@ -47,6 +48,8 @@ def evaluate_rollouts(config: Rollouts, run: StageRun) -> None:
     """Generate long sequences and tell, for every n-th image, how like the beginning it still is and how it looks."""
     dino, clip, reader = config.open_dino(run), config.open_clip(run), config.open_reader(run)
     curves: dict[str, dict[str, list[float]]] = {}
+    per_set = PerSet()
+    errors: dict[str, dict[str, list[float]]] = {}
     count = 0
     for name, sampler in samplers(config, run):
         sets = SetPictures(run, sampler)
@@ -54,13 +57,21 @@ def evaluate_rollouts(config: Rollouts, run: StageRun) -> None:
         count = len(chosen)
         found = _roll(config, run, name, sampler, sets, chosen, dino, clip, reader)
         curves[name] = _by_image(found, [sets.caption(i) for i in chosen])
+        part = max(1, config.num_images // 4)
+        for key in ("dino", "clip"):
+            values, keys = found[key].double(), [sets.key(i) for i in chosen]
+            per_set.add(f"{name}: {_TITLES[key]}", values, "higher", keys)
+            change = values[:, -part:].mean(1) - values[:, :part].mean(1)
+            per_set.add(f"{name}: {_TITLES[key]}, change", change, "higher", keys)
+            if len(values) > 1:
+                errors.setdefault(key, {})[f"{name} ±"] = (values.std(0) / len(values) ** 0.5).tolist()
         shown = found["pictures"]
         before = sets.stack(chosen[: len(shown)], range(config.preceding))
         run.picture(
             f"{name}: {config.preceding} preceding images, then a sequence of {config.num_images}",
             write_grid(run.out / name, [[a, b] for a, b in zip(before, shown)]),
         )
-    _tell(config, run, curves, count)
+    _tell(config, run, curves, errors, count, per_set)
 
 
 def _roll(
@@ -113,12 +124,19 @@ def _by_image(found: Mapping[str, Tensor], captions: Sequence[str]) -> dict[str,
     return curves
 
 
-def _tell(config: Rollouts, run: StageRun, curves: Mapping[str, Mapping[str, list[float]]], sets: int) -> None:
+def _tell(
+    config: Rollouts,
+    run: StageRun,
+    curves: Mapping[str, Mapping[str, list[float]]],
+    errors: Mapping[str, Mapping[str, list[float]]],
+    sets: int,
+    per_set: PerSet,
+) -> None:
     x = [float(n + 1) for n in range(config.num_images)]
     for key, title in _TITLES.items():
         columns = {name: list(found[key]) for name, found in curves.items() if key in found}
         if columns:
-            run.curve(title, {"n-th image": x, **columns})
+            run.curve(title, {"n-th image": x, **columns, **errors.get(key, {})})
     part = max(1, config.num_images // 4)
     rows = []
     for name, found in curves.items():
@@ -132,4 +150,4 @@ def _tell(config: Rollouts, run: StageRun, curves: Mapping[str, Mapping[str, lis
                 run.figure(**{f"dino_likeness_change_{name.removeprefix('M2M-').lower()}": round(last - first, 4)})
     run.table("From the first images to the last", rows)
     run.count(sets=sets, generated_images=sets * config.num_images * 2)
-    conclude(run, {name: dict(found) for name, found in curves.items()})
+    conclude(run, {name: dict(found) for name, found in curves.items()}, per_set)

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from m2m.config import ModelSource
-from m2m.evaluation.protocol import EvaluationConfig, conclude, samplers
+from m2m.evaluation.protocol import EvaluationConfig, Sampler, conclude, samplers
 from m2m.models.text_to_image import as_ddim, load_text_to_image
 from m2m.stage_run import StageRun
 
@@ -28,6 +28,9 @@ class SamplingSpeed(EvaluationConfig):
     text_to_image: ModelSource = Field(description="what the models are timed against (Fig. 9: SD-2.1-base)")
     preceding: list[int] = Field([1, 2, 4], min_length=1, description="numbers of preceding images (Fig. 9)")
     num_images: list[int] = Field([1, 4], min_length=1, description="numbers of generated images")
+    joint: list[int] = Field(
+        [4], description="numbers of preceding images for which M2M-Self is timed without its cache, too"
+    )
     repeats: int = Field(3, ge=1, description="timed calls after one untimed; their median counts")
 
 
@@ -48,13 +51,15 @@ def evaluate_sampling_speed(config: SamplingSpeed, run: StageRun) -> None:
                 row = {"model": name, "preceding images": count, "generated images": made}
                 rows.append(row | {"seconds an image": seconds / made})
                 run.progress.log(f"{name}: {count} preceding, {made} generated: {seconds / made:.3f} s an image")
+        if sampler.pipeline.unet.variant == "self":
+            rows += _time_joint(config, run, name, sampler)
     for row in rows:
         row["times the text-to-image model"] = row["seconds an image"] / plain
     run.table("Seconds an image", rows)
     for made in config.num_images:
         columns: dict[str, list[float]] = {"preceding images": [float(count) for count in config.preceding]}
         for row in rows[1:]:
-            if row["generated images"] == made:
+            if row["generated images"] == made and not row["model"].endswith(", joint"):
                 columns.setdefault(row["model"], []).append(row["seconds an image"])
         columns[_TEXT_TO_IMAGE] = [plain] * len(config.preceding)
         run.curve(f"Seconds an image, {made} generated", columns)
@@ -63,8 +68,22 @@ def evaluate_sampling_speed(config: SamplingSpeed, run: StageRun) -> None:
         if row["preceding images"] == most and row["generated images"] == config.num_images[0]:
             run.figure(**{f"{row['model']}: seconds an image after {most}": round(row["seconds an image"], 4)})
     run.figure(device=_device(config), steps=config.sampling.num_inference_steps)
-    run.count(timed_calls=config.repeats * (1 + 2 * len(config.preceding) * len(config.num_images)))
+    timed = 1 + 2 * len(config.preceding) * len(config.num_images) + len(config.joint)
+    run.count(timed_calls=config.repeats * timed)
     conclude(run, {"rows": rows, "device": _device(config)})
+
+
+def _time_joint(config: SamplingSpeed, run: StageRun, name: str, sampler: Sampler) -> list[dict[str, Any]]:
+    """Without the cache: clean images share the noisy ones' timestep, so every step passes all of them anew."""
+    sampler.pipeline.unet.register_to_config(clean_timestep=None)
+    rows = []
+    for count in config.joint:
+        pictures = torch.randint(0, 256, (1, count, 3, sampler.size, sampler.size), dtype=torch.uint8)
+        seconds = _median_seconds(config, partial(sampler.continue_sets, pictures, [0], 1))
+        row = {"model": f"{name}, joint", "preceding images": count, "generated images": 1}
+        rows.append(row | {"seconds an image": seconds})
+        run.progress.log(f"{name}, joint: {count} preceding, 1 generated: {seconds:.3f} s an image")
+    return rows
 
 
 def _time_text_to_image(config: SamplingSpeed, run: StageRun) -> float:

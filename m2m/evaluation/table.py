@@ -5,10 +5,13 @@ Belongs here: that protocol, and the paper's own figures to set beside ours. Not
 
 import importlib.util
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
@@ -16,7 +19,8 @@ from m2m.config import Source
 from m2m.errors import ConfigError, InputError
 from m2m.evaluation.encoders import ClassifierBackbone, Clip, InceptionBackbone
 from m2m.evaluation.grids import write_grid
-from m2m.evaluation.measures import clip_score, frechet_distance, inception_score, mean_and_deviation
+from m2m.evaluation.measures import clip_scores, frechet_distance, inception_score, mean_and_deviation
+from m2m.evaluation.per_set import Better, Metric, PerSet, jackknife
 from m2m.evaluation.protocol import (
     EvaluationConfig,
     Sampler,
@@ -33,7 +37,9 @@ PAPER = {
     "M2M-DINO (6M)": {"fid": (8.88, 0.87), "is": (28.07, 0.58), "text": (23.05, 0.49), "image": (77.41, 0.03)},
 }
 """Table 1 of the paper: mean and standard deviation over the 10 generated images, on 10,000 test sets."""
+PAPER_SETS = 10_000
 SCORES = {"fid": "FID ↓", "is": "IS ↑", "text": "Text-Image CLIP ↑", "image": "Image-Image CLIP ↑"}
+_BETTER: dict[str, Better] = {"fid": "lower", "is": "higher", "text": "higher", "image": "higher"}
 OWN_IMAGES = "the sets' own images"
 
 Backbone = ClassifierBackbone | InceptionBackbone
@@ -55,6 +61,12 @@ class Table1(EvaluationConfig):
         2048, description="layer of inception-v3; FID needs more sets than features. Another than 2048 is another FID"
     )
     is_splits: int = Field(1, ge=1, description="parts over which IS is averaged; the paper does not say (often 10)")
+
+    error_blocks: int = Field(
+        12,
+        ge=0,
+        description="groups of sets left out in turn for the errors of FID and IS, each at a score's cost; 0: none",
+    )
 
     def preview(self, root: Path, variant: str | None) -> list[str]:
         self.require_enough_sets()
@@ -87,14 +99,16 @@ def evaluate_table_1(config: Table1, run: StageRun) -> None:
         ConfigError: the backbone is not installed.
     """
     backbone, clip = _open_backbone(config, run), config.open_clip(run)
-    found: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, dict[str, list[Metric]]] = {}
     truth: dict[str, Tensor] = {}
     chosen: list[int] = []
+    keys: list[int] = []
     for name, sampler in samplers(config, run):
         sets = SetPictures(run, sampler)
         if not truth:
             chosen = config.choose(len(sets), config.sets, "table 1")
             truth = _look_at_sets(config, run, sets, chosen, backbone, clip)
+            keys = [sets.key(i) for i in chosen]
             samples, dimension = truth["first"].shape
             if samples <= dimension:
                 raise InputError(
@@ -103,14 +117,14 @@ def evaluate_table_1(config: Table1, run: StageRun) -> None:
                 )
             run.progress.log(f"FID: {samples:,} samples of {dimension} features")
         generated = _continue_sets(config, run, name, sampler, sets, chosen, backbone, clip)
-        found[name] = _scores(config, truth, generated)
+        found[name] = _scores(config, truth, generated, keys)
         shown = generated["pictures"][: config.shown]
         preceding = sets.stack(chosen[: len(shown)], range(config.preceding))
         path = write_grid(run.out / name, [[a, b] for a, b in zip(preceding, shown)])
         run.picture(f"{name}: {config.preceding} preceding images, then {config.num_images} generated ones", path)
     own = {key.removeprefix("own_"): value for key, value in truth.items() if key.startswith("own_")}
     if own["features"].shape[1]:
-        found[OWN_IMAGES] = _scores(config, truth, own)
+        found[OWN_IMAGES] = _scores(config, truth, own, keys)
     _tell(config, run, found, truth)
 
 
@@ -178,48 +192,86 @@ def _continue_sets(
     return in_batches(run, name, len(chosen), config.batch, measure)
 
 
-def _scores(config: Table1, truth: dict[str, Tensor], images: dict[str, Tensor]) -> dict[str, list[float]]:
-    """Each score of each n-th image over all sets."""
-    scores: dict[str, list[float]] = {key: [] for key in SCORES}
-    preceding = truth["preceding"]
+def _scores(
+    config: Table1, truth: dict[str, Tensor], images: dict[str, Tensor], keys: Sequence[int]
+) -> dict[str, list[Metric]]:
+    """Each score of each n-th image over all sets, with the values by set (of FID and IS: by block of sets)."""
+    scores: dict[str, list[Metric]] = {key: [] for key in SCORES}
+    told = PerSet()
+
+    def keep(key: str, values: np.ndarray | Tensor, units: Sequence[int] | None = None) -> None:
+        scores[key].append(told.add(f"{key} {len(scores[key]) + 1}", values, _BETTER[key], units))
+
     for n in range(images["features"].shape[1]):
-        embedding = images["clip"][:, n]
-        scores["fid"].append(frechet_distance(truth["first"], images["features"][:, n]))
-        scores["is"].append(inception_score(images["logits"][:, n], config.is_splits, config.seed))
-        scores["text"].append(clip_score(embedding, truth["caption"]))
-        repeated = embedding[:, None].expand_as(preceding)
-        scores["image"].append(clip_score(repeated.flatten(0, 1), preceding.flatten(0, 1)))
+        embedding, features, logits = (images[key][:, n] for key in ("clip", "features", "logits"))
+        for key, score in {
+            "fid": partial(_fid, truth["first"], features),
+            "is": partial(_inception_score, config, logits),
+        }.items():
+            whole, values = jackknife(score, len(features), config.error_blocks)
+            keep(key, np.array([whole]) if values is None else values)
+        keep("text", clip_scores(embedding, truth["caption"]), keys)
+        keep("image", clip_scores(embedding[:, None], truth["preceding"]), keys)
     return scores
 
 
-def _tell(config: Table1, run: StageRun, found: dict[str, dict[str, list[float]]], truth: dict[str, Tensor]) -> None:
+def _fid(real: Tensor, generated: Tensor, rows: NDArray[np.int64]) -> float:
+    return frechet_distance(real[rows], generated[rows])
+
+
+def _inception_score(config: Table1, logits: Tensor, rows: NDArray[np.int64]) -> float:
+    return inception_score(logits[rows], config.is_splits, config.seed)
+
+
+def _tell(config: Table1, run: StageRun, found: dict[str, dict[str, list[Metric]]], truth: dict[str, Tensor]) -> None:
     samples, dimension = truth["first"].shape
     tiny = config.backbone == "classifier"
     rows: list[dict[str, Any]] = []
+    errors: list[dict[str, Any]] = []
+    per_set = PerSet()
     metrics: dict[str, Any] = {"sets": samples, "features": dimension, "backbone": config.backbone, "scores": {}}
     for name, scores in found.items():
-        told = {key: mean_and_deviation(values) for key, values in scores.items()}
-        rows.append({"method": name} | {SCORES[key]: _plus_minus(*told[key]) for key in SCORES})
+        means = {key: [metric.mean for metric in scores[key]] for key in SCORES}
+        told = {key: mean_and_deviation(values) for key, values in means.items()}
+        rows.append({"method": name} | {SCORES[key]: _plus_minus(*told[key]) for key in SCORES} | {"sets": samples})
+        over_sets = {
+            key: per_set.add(
+                f"{name}: {SCORES[key]}",
+                np.mean([metric.values for metric in scores[key]], 0),
+                _BETTER[key] if name != OWN_IMAGES else "neither",
+                scores[key][0].units.tolist(),
+            )
+            for key in SCORES
+        }
+        errors.append({"method": name} | {SCORES[key]: over_sets[key].error for key in SCORES})
         metrics["scores"][name] = {
-            key: {"mean": told[key][0], "std": told[key][1], "by_image": scores[key]} for key in SCORES
+            key: {"mean": told[key][0], "std": told[key][1], "error": over_sets[key].error, "by_image": means[key]}
+            for key in SCORES
         }
         if name != OWN_IMAGES:
             short = name.removeprefix("M2M-").lower()
             run.figure(**{f"{key}_{short}": round(told[key][0], 4) for key in SCORES})
     for name, paper in PAPER.items():
-        rows.append({"method": f"paper: {name}"} | {label: _plus_minus(*paper[key]) for key, label in SCORES.items()})
+        said = {label: _plus_minus(*paper[key]) for key, label in SCORES.items()}
+        rows.append({"method": f"paper: {name}"} | said | {"sets": PAPER_SETS})
     run.table("Table 1", rows)
+    run.table("Standard errors of these means, over sets", errors)
     for key, label in SCORES.items():
         longest = max(len(scores[key]) for scores in found.values())
-        columns = {name: scores[key] for name, scores in found.items() if len(scores[key]) == longest}
-        run.curve(f"{label} by n-th image", {"n-th image": [float(n + 1) for n in range(longest)], **columns})
+        columns: dict[str, list[float]] = {"n-th image": [float(n + 1) for n in range(longest)]}
+        for name, scores in found.items():
+            if len(scores[key]) == longest:
+                columns[name] = [metric.mean for metric in scores[key]]
+                if all(metric.error is not None for metric in scores[key]):
+                    columns[f"{name} ±"] = [float(metric.error or 0) for metric in scores[key]]
+        run.curve(f"{label} by n-th image", columns)
     run.figure(
         fid_samples=samples,
         fid_features=dimension,
         note="tiny models and a tiny world: not comparable with the paper's figures" if tiny else None,
     )
     run.count(sets=samples, generated_images=samples * config.num_images * 2)
-    conclude(run, metrics)
+    conclude(run, metrics, per_set)
 
 
 def _plus_minus(mean: float, deviation: float) -> str:

@@ -14,7 +14,7 @@ from m2m.errors import InputError
 from m2m.evaluation.consistency import asked_and_free
 from m2m.evaluation.encoders import Clip, Reader, inception_weights
 from m2m.evaluation.grids import write_grid
-from m2m.evaluation.measures import clip_score
+from m2m.evaluation.measures import clip_scores
 from m2m.evaluation.novel_views import view_angles
 from m2m.evaluation.preceding_images import corrected, ideal_agreement
 from m2m.evaluation.protocol import at_size
@@ -55,7 +55,7 @@ def test_correction_undoes_what_an_erring_reader_does(true):
 def test_correction_leaves_perfect_readers_and_hopeless_ones_alone():
     assert corrected(0.37, 1.0, 4) == pytest.approx(0.37)
     assert corrected(0.37, 0.25, 4) == 0.37
-    assert corrected(0.99, 0.8, 4) == 1.0
+    assert corrected(0.9, 0.8, 4) > 1  # by noise; cutting it off would bias the mean
 
 
 def test_named_attributes_are_asked_for_and_the_others_may_vary():
@@ -116,8 +116,8 @@ def test_clip_scores_are_torchmetrics_own_with_the_model_itself(small_world):
     captions = ["three red stars", "a heart", "blue", "two crosses on a black background"]
     metric = CLIPScore(lambda: (Model(), processor))  # type: ignore[arg-type,return-value]
     metric.update(list(pictures), captions)
-    ours = clip_score(clip.pictures(pictures), clip.texts(captions))
-    assert ours == pytest.approx(metric.compute().item(), abs=1e-3)
+    ours = clip_scores(clip.pictures(pictures), clip.texts(captions)).mean().item()
+    assert ours == pytest.approx(metric.compute().item(), abs=1e-5)
 
 
 def test_pictures_of_any_size_are_seen_whole_by_their_middle(small_world):
