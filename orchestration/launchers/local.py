@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -23,7 +24,7 @@ from assets_defs.profile import PROFILE
 from m2m.config import project_root
 from m2m.stages import Stage
 from orchestration.launchers import die_with_parent
-from orchestration.launchers.messages import TemporaryFileReader
+from orchestration.launchers.messages import MessageFiles
 from orchestration.launchers.outcome import results, stage_arguments
 from orchestration.launchers.process_mark import RUN_TAG, this_process
 
@@ -48,11 +49,14 @@ class LocalLauncher(dg.ConfigurableResource):
         context.log.info(f"{stage.key}: {said}")
         context.instance.add_run_tags(context.run.run_id, {RUN_TAG: this_process()})
         started = time.monotonic()
-        with open_pipes_session(
-            context=context,
-            context_injector=PipesTempFileContextInjector(),
-            message_reader=TemporaryFileReader(),
-        ) as session:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            open_pipes_session(
+                context=context,
+                context_injector=PipesTempFileContextInjector(),
+                message_reader=MessageFiles([Path(folder) / "messages"]),
+            ) as session,
+        ):
             env = {**os.environ, **session.get_bootstrap_env_vars(), "PYTHONUNBUFFERED": "1"}
             with self._running(command, env) as (process, last_lines):
                 exit_code = process.wait()
