@@ -4,11 +4,11 @@ Belongs here: what all benchmarks share. Not here: models (`benchmarks.models`).
 """
 
 import argparse
+import ctypes
+import gc
 import json
-import os
 import platform
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -72,7 +72,7 @@ class Machine:
         return statistics.median(taken[1:] or taken)
 
     def extra_bytes(self, call: Callable[[], Any]) -> int:
-        """Most memory that a call holds beyond what was held before it."""
+        """Most memory that a call holds beyond what was held before it (on a CPU: resident memory; Linux)."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -134,26 +134,18 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def _resident_growth(call: Callable[[], Any]) -> int:
-    most = before = _resident()
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal most
-        while not done.wait(0.002):
-            most = max(most, _resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        call()
-    finally:
-        done.set()
-        watcher.join()
-    return most - before
+    gc.collect()
+    # what was freed before must be gone: a call that takes it up again would seem to need nothing
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel's record of the peak starts anew
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
 
 
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def _processor() -> str:

@@ -33,7 +33,7 @@ def small_unet(variant: Variant, machine: Machine) -> ManyToManyUNet:
     """Two levels, 16x16 latents, heads of 64 dimensions."""
     torch.manual_seed(0)
     feature_dim = SMALL_FEATURES if variant == "dino" else None
-    made = ManyToManyUNet.from_text_to_image(UNet2DConditionModel(**SMALL_UNET), variant, feature_dim, seed=1)
+    made: Any = ManyToManyUNet.from_text_to_image(UNet2DConditionModel(**SMALL_UNET), variant, feature_dim, seed=1)
     return made.eval().to(machine.device, machine.dtype)
 
 

@@ -25,11 +25,10 @@ def flex_prefix_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None =
     # the first image reads nothing, the last is read by nobody: without both, no row is masked as a whole
     read = [q.new_zeros(sets, 1, *q.shape[2:])]
     if images > 1:
-        of_targets = q[:, 1:].flatten(1, 2).transpose(1, 2)
-        of_clean = (tensor[:, : images - 1].flatten(1, 2).transpose(1, 2) for tensor in (k, v))
+        flat = [tensor.flatten(1, 2).transpose(1, 2) for tensor in (q[:, 1:], k[:, : images - 1], v[:, : images - 1])]
         mask = _block_mask(images - 1, tokens, k.shape[2], q.device)
         kernel = _compiled() if q.is_cuda else flex_attention
-        found: Any = kernel(of_targets, *of_clean, block_mask=mask)
+        found: Any = kernel(flat[0], flat[1], flat[2], block_mask=mask)
         read.append(found.transpose(1, 2).unflatten(1, (images - 1, tokens)))
     together = torch.cat(read, dim=1)
     if keep is None:

@@ -141,7 +141,7 @@ class ManyToManyPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
-    ) -> ManyToManyPipelineOutput | tuple[Any]:
+    ) -> ManyToManyPipelineOutput:
         """Generate `num_images` images for every set of preceding images.
 
         Args:
@@ -196,6 +196,8 @@ class ManyToManyPipeline(DiffusionPipeline):
             sets = [one.to(device) for one in as_sets(images, size)]
         else:
             sets = [torch.zeros(0, 3, *size, device=device)] * count_sets(latents, target_condition, generator)
+        if not sets:
+            raise InputError("there is no set to carry on: for a set without preceding images, give an empty one, [[]]")
         conditions = paired_conditions(
             self.unet, condition, target_condition, sets, num_images, condition_guidance_scale
         )
@@ -244,7 +246,7 @@ class ManyToManyPipeline(DiffusionPipeline):
             found = torch.stack([latent for latent, _ in ordered])
         else:
             found = as_output(torch.stack([picture for _, picture in ordered if picture is not None]), output_type)
-        return ManyToManyPipelineOutput(images=found) if return_dict else (found,)
+        return ManyToManyPipelineOutput(images=found) if return_dict else (found,)  # type: ignore[return-value]
 
     def encode(self, images: Tensor) -> Tensor:
         """What the U-Net reads of pictures (B, 3, H, W), floats in [0, 1].

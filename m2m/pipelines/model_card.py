@@ -41,17 +41,17 @@ def write_card(pipeline: Any, folder: Path) -> None:
     unet = pipeline.unet
     kind, condition = VARIANTS[unet.variant], unet.config["condition"]
     source = facts.initialised_from
-    header = ModelCardData(
-        license=facts.licence,
-        license_name=None if facts.licence != "other" else "as-of-the-model-it-was-initialised-from",
-        library_name="diffusers",
-        pipeline_tag="image-to-image",
-        tags=["many-to-many-image-generation", kind.lower(), *([condition] if condition else [])],
-        base_model=source.partition("@")[0] if source and is_hub_id(source) else None,
-        **{_FACTS: {key: value for key, value in asdict(facts).items() if value is not None}},
-    )
+    header: dict[str, Any] = {
+        "license": facts.licence,
+        "license_name": None if facts.licence != "other" else "as-of-the-model-it-was-initialised-from",
+        "library_name": "diffusers",
+        "pipeline_tag": "image-to-image",
+        "tags": ["many-to-many-image-generation", kind.lower(), *([condition] if condition else [])],
+        "base_model": source.partition("@")[0] if source and is_hub_id(source) else None,
+        _FACTS: {key: value for key, value in asdict(facts).items() if value is not None},
+    }
     text = _TEXT.format(
-        header=header.to_yaml(),
+        header=ModelCardData(**header).to_yaml(),
         kind=kind,
         label=f" ({facts.label})" if facts.label else "",
         reads=_READS[unet.variant],

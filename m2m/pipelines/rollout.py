@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import SchedulerMixin
 from torch import Tensor
 
 from m2m.models.autoencoder import decode_latents
@@ -72,7 +71,7 @@ class Rollout:
         return torch.stack(latents, 1), torch.stack(pictures, 1) if self.decode else None
 
     def _denoise(
-        self, unet: Any, scheduler: SchedulerMixin | Any, number: int, target: Tensor | None, memory: PrecedingImages
+        self, unet: Any, scheduler: Any, number: int, target: Tensor | None, memory: PrecedingImages
     ) -> Tensor:
         scheduler.set_timesteps(self.steps, device=self.noise.device)
         latents = self.noise[:, number] * scheduler.init_noise_sigma

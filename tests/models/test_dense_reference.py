@@ -43,13 +43,12 @@ class DenseMask:
 def by_the_equations(unet: Any, noisy: Tensor, timesteps: Tensor, read: Tensor) -> Tensor:
     """Noise of every image; `read`: latents (sets, N, C, h, w) or features (sets, N, tokens, width) of all images."""
     own = unet.variant == "self"
-    config = SMALL | {"cross_attention_dim": SMALL["block_out_channels"] if own else FEATURES}
+    config: dict[str, Any] = SMALL | {"cross_attention_dim": SMALL["block_out_channels"] if own else FEATURES}
     plain = UNet2DConditionModel(**config).eval()
     plain.load_state_dict(unet.state_dict())
     mask = DenseMask(noisy.shape[1], None if own else read)
-    plain.set_attn_processor(
-        {name: mask if ".attn2." in name else known for name, known in plain.attn_processors.items()}
-    )
+    processors: dict[str, Any] = dict(plain.attn_processors)
+    plain.set_attn_processor(processors | {name: mask for name in processors if ".attn2." in name})
     rows, times = noisy.flatten(0, 1), timesteps.flatten()
     if own:
         rows, times = torch.cat([read.flatten(0, 1), rows]), torch.cat([torch.zeros_like(times), times])

@@ -182,6 +182,7 @@ def test_the_callback_sees_every_step_and_may_change_it(make_pipeline, pictures)
     ("given", "match"),
     [
         ({"num_images": 0}, "at least 1"),
+        ({"images": torch.zeros(0, 2, 3, 16, 16)}, "no set to carry on"),
         ({"output_type": "gif"}, "pil, np, pt, latent"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "'noise' is not known"),
         ({"images": [["a"]]}, r"images\[0\]\[0\] is a str"),

