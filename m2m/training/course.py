@@ -18,7 +18,8 @@ from m2m.pipelines.many_to_many import ManyToManyPipeline
 from m2m.stage_run import StageRun
 from m2m.training.encoding import pictures_of
 from m2m.training.held_out import continued, stacked, validation_loss, write_grid
-from m2m.training.loop import CHECKPOINTS, LogLine, Prepare, SetData, train
+from m2m.training.log import LogLine, best
+from m2m.training.loop import CHECKPOINTS, Prepare, SetData, train
 from m2m.training.objective import Objective, SetLoss
 from m2m.training.settings import TrainingSettings
 from m2m.training.starting import parameter_count
@@ -85,6 +86,7 @@ def take(
         accelerator,
         belongs_to=run.fingerprint,
         prepare=sets.prepare,
+        validate=None if sets.held_out is None or not settings.validation_sets else validate,
         per_shard=sets.per_shard,
         label=run.stage.key,
     )
@@ -148,6 +150,16 @@ def _say(log: Sequence[LogLine], before: float | None, after: float | None, run:
         validation_loss_before=before,
         validation_loss_after=after,
     )
+    validated = [line for line in log if line.validation_loss is not None]
+    if (least := best(log)) is not None:
+        run.figure(validation_loss_best=least.validation_loss, validation_loss_best_step=least.step)
+        run.curve(
+            "validation loss",
+            {
+                "step": [line.step for line in validated],
+                "validation loss": [line.validation_loss or 0.0 for line in validated],
+            },
+        )
     every = max(1, len(log) // _CURVE_POINTS)
     shown = log[every - 1 :: every]
     run.curve(

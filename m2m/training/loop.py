@@ -1,14 +1,12 @@
 """One training loop for pre-training and fine-tuning: AdamW, accumulated gradients, averaged weights, exact resume.
 
-Belongs here: optimisation, checkpoints at the right moments, the log. Not here: the loss, the data, the stages.
+Belongs here: optimisation, checkpoints at the right moments. Not here: the loss, the data, the stages, what stands in
+the log.
 """
 
 import contextlib
-import json
 import math
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,13 +24,13 @@ from m2m.training import checkpoints
 from m2m.training.acceleration import anywhere, deterministic_kernels
 from m2m.training.batches import BatchPlan
 from m2m.training.checkpoints import Checkpoint
+from m2m.training.log import LOG, LogLine, best, decoded, encoded, is_spike, skipped_in_a_row, smoothed
 from m2m.training.objective import Objective, SetLoss
 from m2m.training.settings import TrainingSettings
+from m2m.training.stopping import STOPPED, Stop, ignore_signals
 
-LOG = "training_log.jsonl"
 CHECKPOINTS = "checkpoints"
-STOPPED = 75  # EX_TEMPFAIL: asked to stop, checkpoint written, run again to go on
-_SMOOTHING_STEPS = 50
+_SKIPS_IN_A_ROW = 10
 
 Batch = dict[str, Tensor]
 
@@ -51,16 +49,8 @@ Prepare = Callable[[Batch], Batch]
 """A stacked batch on the training device -> `latents` and, as the model needs, `features`, `condition`, `counts`."""
 
 
-@dataclass(frozen=True)
-class LogLine:
-    """What is written of one optimizer step. No times: equal trainings write equal logs."""
-
-    step: int
-    epoch: int
-    loss: float
-    smoothed: float
-    lr: float
-    grad_norm: float
+Validate = Callable[[], float | None]
+"""The validation loss of the U-Net as it stands; every process calls it at the same step."""
 
 
 def train(
@@ -74,10 +64,11 @@ def train(
     *,
     belongs_to: str,
     prepare: Prepare = dict,
+    validate: Validate | None = None,
     per_shard: int | None = None,
     label: str = "train",
 ) -> list[LogLine]:
-    """Train the U-Net of `loss`; it is left with the averaged weights, on the accelerator's device.
+    """Train the U-Net of `loss`; it is left with the averaged weights (the last or the best), on its device.
 
     Goes on from the newest good checkpoint below `out/checkpoints`; killed and gone on with equals uninterrupted,
     bit for bit on the same kind of device and number of processes.
@@ -86,6 +77,7 @@ def train(
         out: gets `training_log.jsonl`; its checkpoints are the caller's to delete.
         belongs_to: identity of the settings; checkpoints of others are not picked up.
         prepare: what the models make of a batch (encoding), if the data is not ready for the U-Net.
+        validate: called every `validate_every` steps with the averaged weights in the U-Net.
         per_shard: sets that lie in one file, for the order of reading; None: all are equally near.
 
     Returns:
@@ -93,15 +85,17 @@ def train(
 
     Raises:
         InputError: no sets.
-        ConfigError: fewer sets in a batch than processes.
-        CheckFailed: a loss or gradient is not finite; names the samples.
-        SystemExit: 75 after SIGTERM, with a checkpoint written.
+        ConfigError: fewer sets in a batch than processes; the best weights are asked for and nothing is held out.
+        CheckFailed: a loss or gradient is not finite, or the loss leaps; names the samples.
+        SystemExit: 75 after SIGTERM or SIGUSR1, with a checkpoint written.
     """
     if not len(data):
         raise InputError(f"{label}: there are no sets to train on")
+    if validate is None and settings.export == "best":
+        raise ConfigError(f"{label}: export=best takes a validation loss, and there are no validation sets")
     if settings.batch < accelerator.num_processes:
         raise ConfigError(f"batch is {settings.batch}: fewer sets than the {accelerator.num_processes} processes")
-    trainer = _Trainer(settings, loss, objective, data, prepare, accelerator, label)
+    trainer = _Trainer(settings, loss, objective, data, prepare, validate, accelerator, label)
     folder = out / CHECKPOINTS
     found = checkpoints.load_newest(folder, belongs_to, progress.log)
     if found is not None:
@@ -111,14 +105,16 @@ def train(
     main = accelerator.is_main_process
     steps, log = trainer.run(plan), None
     if main:
-        write_bytes(out / LOG, trainer.encoded_log())
+        write_bytes(out / LOG, encoded(trainer.log))
         log = (out / LOG).open("a", encoding="utf-8")
         steps = progress.each(steps, total=plan.steps - len(trainer.log), unit="step", label=label)
-    with _Stop() as stop, deterministic_kernels(accelerator.device), log or contextlib.nullcontext():
+    with Stop() as stop, deterministic_kernels(accelerator.device), log or contextlib.nullcontext():
         for line in steps:
             if log is not None:
-                log.write(_encoded(line))
+                log.write(line.encoded())
                 log.flush()
+            if main and line.validation_loss is not None and best(trainer.log) is line:
+                checkpoints.save_best(folder, trainer.averaged(belongs_to))
             stopping = anywhere(accelerator, stop.asked)
             if stopping or line.step % settings.checkpoint_every == 0 or line.step == plan.steps:
                 if main:
@@ -127,6 +123,12 @@ def train(
             if stopping and line.step < plan.steps:
                 progress.log(f"{label}: asked to stop; goes on after step {line.step:,} when run again")
                 raise SystemExit(STOPPED)
+    if settings.export == "best":
+        found = checkpoints.load_best(folder, belongs_to, progress.log)
+        if found is None:
+            raise CheckFailed(f"{folder}: no whole checkpoint of the best weights; take export=last, or train again")
+        trainer.adopt(found)
+        progress.log(f"{label}: the weights after step {found.step:,} are the best")
     trainer.adopt_average()
     return trainer.log
 
@@ -141,11 +143,12 @@ class _Trainer:
         objective: Objective,
         data: SetData,
         prepare: Prepare,
+        validate: Validate | None,
         accelerator: Accelerator,
         label: str,
     ) -> None:
         self.settings, self.objective, self.label = settings, objective, label
-        self.data, self.prepare, self.accelerator = data, prepare, accelerator
+        self.data, self.prepare, self.validate, self.accelerator = data, prepare, validate, accelerator
         self.unet = loss.unet
         if settings.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
@@ -167,7 +170,7 @@ class _Trainer:
                 self.data,  # type: ignore[arg-type]
                 batch_sampler=plan.reading_order(start),  # type: ignore[arg-type]
                 num_workers=self.settings.workers,
-                worker_init_fn=_ignore_signals,
+                worker_init_fn=ignore_signals,
                 pin_memory=self.accelerator.device.type == "cuda",
                 generator=torch.Generator().manual_seed(0),  # its draws reach no result; leaves the global one alone
             )
@@ -180,14 +183,18 @@ class _Trainer:
                 total += self._accumulate(next(micro_batches), epoch, len(batch))
             value = self.accelerator.reduce(total, "sum").item()  # type: ignore[union-attr]
             if not math.isfinite(value):
-                raise self._not_finite("loss", value, step, batch)
+                raise self._stopped(f"the loss of step {step:,} is {value}", batch)
+            skip = is_spike(self.log, value, self.settings.spike_factor)
+            if skip and (self.settings.on_spike == "stop" or skipped_in_a_row(self.log) == _SKIPS_IN_A_ROW):
+                smooth = self.log[-1].smoothed
+                raise self._stopped(f"the loss of step {step:,} is {value:.4g} after a smoothed {smooth:.4g}", batch)
             rate = self.settings.learning_rate * min(1.0, step / max(1, self.settings.warmup_steps))
-            norm = self._update(rate)
+            norm = self._update(rate, skip)
             if not math.isfinite(norm):
-                raise self._not_finite("gradient norm", norm, step, batch)
-            before = self.log[-1].smoothed if self.log else value
-            smoothed = before + (value - before) * max(1 / step, 1 / _SMOOTHING_STEPS)
-            self.log.append(LogLine(step, epoch, value, smoothed, rate, norm))
+                raise self._stopped(f"the gradient norm of step {step:,} is {norm}", batch)
+            smooth = self.log[-1].smoothed if skip else smoothed(self.log, value)
+            validated = self._validated(step, plan.steps)
+            self.log.append(LogLine(step, epoch, value, smooth, rate, norm, skip, validated))
             yield self.log[-1]
 
     def _accumulate(self, micro: Batch, epoch: int, batch: int) -> Tensor:
@@ -202,8 +209,8 @@ class _Trainer:
             self.accelerator.backward(part)
         return part.detach()
 
-    def _update(self, rate: float) -> float:
-        """One optimizer step from the gradients of all processes; returns their norm before clipping."""
+    def _update(self, rate: float, skip: bool) -> float:
+        """One optimizer step, or none, from the gradients of all processes; returns their norm before clipping."""
         weights = list(self.weights.values())
         for weight in weights:
             if weight.grad is None:  # all contexts dropped: a zero like any other, on every split into micro-batches
@@ -211,7 +218,7 @@ class _Trainer:
             if self.accelerator.num_processes > 1:
                 weight.grad = self.accelerator.reduce(weight.grad, "sum")  # type: ignore[assignment]
         norm = float(torch.nn.utils.clip_grad_norm_(weights, self.settings.gradient_clip))
-        if math.isfinite(norm):
+        if math.isfinite(norm) and not skip:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
@@ -225,9 +232,21 @@ class _Trainer:
         drawn = keyed_generator(namespaced(self.settings.seed, "layers"), *key)
         torch.manual_seed(int(drawn.integers(2**32)))
 
-    def _not_finite(self, what: str, value: float, step: int, batch: Sequence[int]) -> CheckFailed:
+    def _validated(self, step: int, steps: int) -> float | None:
+        """The validation loss of the averaged weights, where it is this step's turn."""
+        every = self.settings.validate_every
+        if self.validate is None or every is None or (step % every and step != steps):
+            return None
+        weights = list(self.weights.values())
+        self.average.store(weights)
+        self.average.copy_to(weights)
+        found = self.validate()
+        self.average.restore(weights)
+        return found
+
+    def _stopped(self, why: str, batch: Sequence[int]) -> CheckFailed:
         return CheckFailed(
-            f"{self.label}: the {what} of step {step:,} is {value}; its samples: {', '.join(map(str, batch))}. "
+            f"{self.label}: {why}; its samples: {', '.join(map(str, batch))}. "
             "Look at these sets (`python -m m2m shards show`), or lower learning_rate"
         )
 
@@ -244,13 +263,22 @@ class _Trainer:
             "optimizer": moments,
         }
         numbers = {"average_steps": self.average.optimization_step}
-        return Checkpoint(len(self.log), tensors, self.encoded_log().decode(), belongs_to, numbers)
+        return Checkpoint(len(self.log), tensors, encoded(self.log).decode(), belongs_to, numbers)
+
+    def averaged(self, belongs_to: str) -> Checkpoint:
+        """The averaged weights alone, to be written: what would be exported now."""
+        tensors = {"average": dict(zip(self.weights, self.average.shadow_params))}
+        return Checkpoint(len(self.log), tensors, belongs_to=belongs_to)
+
+    def adopt(self, found: Checkpoint) -> None:
+        """Take the averaged weights of a checkpoint."""
+        device = self.accelerator.device
+        self.average.shadow_params = [found.tensors["average"][name].to(device) for name in self.weights]
 
     def restore(self, found: Checkpoint) -> None:
         """Take the state of a checkpoint."""
-        device = self.accelerator.device
         self.unet.load_state_dict(dict(found.tensors["unet"]))
-        self.average.shadow_params = [found.tensors["average"][name].to(device) for name in self.weights]
+        self.adopt(found)
         self.average.optimization_step = found.numbers["average_steps"]
         moments = found.tensors["optimizer"]
         states: dict[int, Any] = {
@@ -260,15 +288,12 @@ class _Trainer:
         self.optimizer.load_state_dict(
             {"state": states, "param_groups": self.optimizer.state_dict()["param_groups"]}  # rates are set at each step
         )
-        self.log = [LogLine(**json.loads(line)) for line in found.log.splitlines()]
+        self.log = decoded(found.log)
 
     def adopt_average(self) -> None:
         """Put the averaged weights into the U-Net."""
         self.average.copy_to(self.weights.values())
         self.unet.eval()
-
-    def encoded_log(self) -> bytes:
-        return "".join(map(_encoded, self.log)).encode()
 
 
 def batch_losses(loss: Any, objective: Objective, ready: Batch, samples: Sequence[int], epoch: int) -> Tensor:
@@ -277,34 +302,3 @@ def batch_losses(loss: Any, objective: Objective, ready: Batch, samples: Sequenc
     draws = objective.draw(samples, epoch, latents.shape[1:]).to(latents.device)
     extra = {name: ready[name] for name in ("features", "condition", "counts") if name in ready}
     return loss(latents, draws, **extra)
-
-
-def _encoded(line: LogLine) -> str:
-    return json.dumps(vars(line)) + "\n"
-
-
-def _ignore_signals(worker: int) -> None:
-    # a cluster's SIGTERM reaches data workers too: the trainer still needs them to end its step
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-class _Stop:
-    """SIGTERM is remembered instead of obeyed, so that the step in progress ends whole."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._previous: Any = None
-
-    def __enter__(self) -> "_Stop":
-        try:
-            self._previous = signal.signal(signal.SIGTERM, self._remember)
-        except ValueError:  # not the main thread: whoever owns it takes care of signals
-            self._previous = None
-        return self
-
-    def _remember(self, number: int, frame: object) -> None:
-        self.asked = True
-
-    def __exit__(self, *exc: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)

@@ -47,11 +47,31 @@ class TrainingSettings(StageConfig):
     checkpoint_every: Annotated[int, Incidental()] = Field(1000, ge=1, description="steps")
     keep_checkpoints: Annotated[int, Incidental()] = Field(2, ge=1)
     workers: Annotated[int, Incidental()] = Field(0, ge=0, description="processes that read data; 0: this one")
+    spike_factor: float | None = Field(
+        None,
+        gt=1,
+        description="a loss over so many times the smoothed one is a spike (from step 51 on); default none",
+    )
+    on_spike: Literal["stop", "skip"] = Field(
+        "stop", description="at a spike: stop and name the batch, or leave its gradients out (ten in a row do stop)"
+    )
     validation_sets: int = Field(64, ge=0, description="held-out sets of the validation loss, before and after")
+    validate_every: int | None = Field(
+        None, ge=1, description="steps between validations of the averaged weights while training; default none"
+    )
+    export: Literal["last", "best"] = Field(
+        "last", description="the averaged weights after the last step, or after the one with the best validation loss"
+    )
     sample_sets: int = Field(4, ge=0, description="held-out sets in the sample picture; 0: no picture")
     num_inference_steps: int = Field(50, ge=1, description="DDIM steps of the sample picture")
     guidance_scale: float = Field(7.5, ge=1, description="of the sample picture")
     compute: Compute = Compute.model_validate({})
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> "TrainingSettings":
+        if self.export == "best" and (self.validate_every is None or not self.validation_sets):
+            raise ValueError("export=best needs validate_every, and validation_sets to choose by")
+        return self
 
     @model_validator(mode="after")
     def _dtype_can_train(self) -> "TrainingSettings":
