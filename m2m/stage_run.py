@@ -40,6 +40,11 @@ class StageRun:
     summary: dict[str, dict[str, Any]] = field(default_factory=dict)
     incomplete: str = ""
 
+    @property
+    def records(self) -> Path:
+        """Where the records of this stage's runs lie: what varies between equal runs goes there, not into `out`."""
+        return _records(self.profile, self.stage)
+
     def source(self, path: Path | str) -> Path:
         """A source of the config as a path that can be opened, from whatever folder the command was started."""
         return resolve(path, self.profile.root)
@@ -229,6 +234,10 @@ def _lock_path(profile: Profile, stage: Stage, name: str) -> Path:
     return profile.outputs / ".locks" / f"{stage.key}.{name}.lock"
 
 
+def _records(profile: Profile, stage: Stage) -> Path:
+    return profile.outputs / "runs" / stage.key
+
+
 def _drop_leftovers(final: Path) -> None:
     """Remove what other settings left half-made, once a whole output stands."""
     for leftover in final.parent.glob(f"{final.name}.partial-*"):
@@ -237,7 +246,7 @@ def _drop_leftovers(final: Path) -> None:
 
 def _record_run(stage: Stage, profile: Profile, run: StageRun, started: float, manifest: Manifest | None) -> None:
     """Write what varies between equal runs (times, machine, versions, git) beside the outputs, never into them."""
-    folder = profile.outputs / "runs" / stage.key
+    folder = _records(profile, stage)
     folder.mkdir(parents=True, exist_ok=True)
     artifacts.write_json(
         folder / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(started))}-{os.getpid()}.json",

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,13 +17,16 @@ from accelerate import Accelerator
 from m2m.artifacts import write_json
 from m2m.pipelines.many_to_many import ManyToManyPipeline
 from m2m.stage_run import StageRun
+from m2m.training.acceleration import open_accelerator
 from m2m.training.encoding import pictures_of
 from m2m.training.held_out import continued, stacked, validation_loss, write_grid
 from m2m.training.log import LogLine, best
 from m2m.training.loop import CHECKPOINTS, Prepare, SetData, train
 from m2m.training.objective import Objective, SetLoss
+from m2m.training.rollouts import OwnRollouts
 from m2m.training.settings import TrainingSettings
 from m2m.training.starting import parameter_count
+from m2m.training.timesteps import TimestepSampling
 
 SAMPLE = "sample.png"
 _CURVE_POINTS = 400
@@ -44,6 +48,27 @@ class SamplePicture:
 
     given: int
     generated: int
+
+
+def start_accelerator(settings: TrainingSettings, run: StageRun) -> Accelerator:
+    """Accelerate as the settings ask for it; trackers log beside the records of runs."""
+    return open_accelerator(settings.compute, settings.trackers, run.records / "trackers" / run.fingerprint[:12])
+
+
+def objective_of(settings: TrainingSettings, pipeline: ManyToManyPipeline, **own: Any) -> Objective:
+    """The objective that the settings ask for; `own` are those of one stage alone."""
+    return Objective(
+        settings.seed,
+        settings.timesteps,
+        settings.context_dropout,
+        num_train_timesteps=pipeline.scheduler.config["num_train_timesteps"],
+        sampling=TimestepSampling(
+            settings.timestep_sampling, settings.timestep_shift, settings.timestep_mean, settings.timestep_std
+        ),
+        dropping=settings.dropping,
+        random_context=settings.random_context,
+        **own,
+    )
 
 
 def take(
@@ -75,6 +100,14 @@ def take(
             micro_batch=settings.micro_batch,
         )
 
+    rollouts = OwnRollouts(
+        pipeline,
+        accelerator,
+        settings.seed,
+        settings.rollout_share,
+        settings.rollout_steps,
+        settings.rollout_guidance,
+    )
     before = validate()
     log = train(
         settings,
@@ -87,7 +120,9 @@ def take(
         belongs_to=run.fingerprint,
         prepare=sets.prepare,
         validate=None if sets.held_out is None or not settings.validation_sets else validate,
+        rollouts=rollouts if settings.rollout_share else None,
         per_shard=sets.per_shard,
+        run_log=run.records / f"training-{run.fingerprint[:12]}.jsonl",
         label=run.stage.key,
     )
     after = validate()

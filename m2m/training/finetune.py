@@ -19,10 +19,8 @@ from m2m.models.unet import VARIANTS, ManyToManyUNet
 from m2m.pipelines.many_to_many import ManyToManyPipeline
 from m2m.progress import Progress
 from m2m.stage_run import StageRun
-from m2m.training.acceleration import open_accelerator
-from m2m.training.course import SamplePicture, Sets, take
+from m2m.training.course import SamplePicture, Sets, objective_of, start_accelerator, take
 from m2m.training.encoding import Encoding
-from m2m.training.objective import Objective
 from m2m.training.settings import TrainingSettings
 from m2m.training.starting import check_start, feature_width, origin, parameter_count, unet_config
 from m2m.training.task_sets import NovelViews, Task, TaskSets, VisualProcedures
@@ -59,6 +57,12 @@ class Finetune(TrainingSettings):
     def _sample_leaves_something(self) -> "Finetune":
         if self.sample_given >= self.images_per_set:
             raise ValueError(f"sample_given must leave images of the {self.images_per_set} in a set to generate")
+        return self
+
+    @model_validator(mode="after")
+    def _together_is_by_set(self) -> "Finetune":
+        if self.drop_together and self.dropping == "image":
+            raise ValueError("drop_together drops images and condition of a set: leave dropping=set")
         return self
 
     def preview(self, root: Path, variant: str | None) -> list[str]:
@@ -98,7 +102,7 @@ def finetune(config: Finetune, run: StageRun) -> None:
         CheckFailed: a loss is not finite.
     """
     variant, base = str(run.stage.variant), run.inputs["base"]
-    accelerator = open_accelerator(config.compute)
+    accelerator = start_accelerator(config, run)
     pipeline = conditioned_pipeline(base, CONDITIONS[variant], config.seed)
     pipeline.to(accelerator.device)
     encoding = Encoding(pipeline, accelerator)
@@ -113,13 +117,8 @@ def finetune(config: Finetune, run: StageRun) -> None:
     left_out = sorted({(one.path, one.reason) for task in tasks for one in task.set_aside})
     write_json(run.out / "set_aside.json", [{"path": path, "reason": reason} for path, reason in left_out])
     run.count(set_aside=len(left_out))
-    objective = Objective(
-        config.seed,
-        config.timesteps,
-        config.context_dropout,
-        config.condition_dropout,
-        config.drop_together,
-        pipeline.scheduler.config["num_train_timesteps"],
+    objective = objective_of(
+        config, pipeline, condition_dropout=config.condition_dropout, drop_together=config.drop_together
     )
     take(
         config,

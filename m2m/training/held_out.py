@@ -4,7 +4,6 @@ Belongs here: the validation loss, the sample picture. Not here: the paper's met
 """
 
 import io
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def validation_loss(
     Returns:
         The mean over sets; None where there are none.
     """
-    steady = replace(objective, purpose="validation", context_dropout=0.0, condition_dropout=0.0)
+    steady = objective.steady("validation")
     was_training = loss.unet.training
     loss.unet.eval()
     found = []

@@ -6,6 +6,7 @@ the log.
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,8 +25,10 @@ from m2m.training import checkpoints
 from m2m.training.acceleration import anywhere, deterministic_kernels
 from m2m.training.batches import BatchPlan
 from m2m.training.checkpoints import Checkpoint
+from m2m.training.flops import training_flops
 from m2m.training.log import LOG, LogLine, best, decoded, encoded, is_spike, skipped_in_a_row, smoothed
 from m2m.training.objective import Objective, SetLoss
+from m2m.training.run_log import RunLog
 from m2m.training.settings import TrainingSettings
 from m2m.training.stopping import STOPPED, Stop, ignore_signals
 
@@ -49,6 +52,8 @@ Prepare = Callable[[Batch], Batch]
 """A stacked batch on the training device -> `latents` and, as the model needs, `features`, `condition`, `counts`."""
 
 
+Rollouts = Callable[[Batch, Sequence[int], int], Batch]
+"""A prepared batch, its samples and their epoch -> the batch with preceding images of the model's own."""
 Validate = Callable[[], float | None]
 """The validation loss of the U-Net as it stands; every process calls it at the same step."""
 
@@ -65,7 +70,9 @@ def train(
     belongs_to: str,
     prepare: Prepare = dict,
     validate: Validate | None = None,
+    rollouts: Rollouts | None = None,
     per_shard: int | None = None,
+    run_log: Path | None = None,
     label: str = "train",
 ) -> list[LogLine]:
     """Train the U-Net of `loss`; it is left with the averaged weights (the last or the best), on its device.
@@ -78,7 +85,9 @@ def train(
         belongs_to: identity of the settings; checkpoints of others are not picked up.
         prepare: what the models make of a batch (encoding), if the data is not ready for the U-Net.
         validate: called every `validate_every` steps with the averaged weights in the U-Net.
+        rollouts: called with every prepared micro-batch.
         per_shard: sets that lie in one file, for the order of reading; None: all are equally near.
+        run_log: gets speed and memory, which are no part of the output.
 
     Returns:
         The log of all steps, those before a resume included.
@@ -95,7 +104,7 @@ def train(
         raise ConfigError(f"{label}: export=best takes a validation loss, and there are no validation sets")
     if settings.batch < accelerator.num_processes:
         raise ConfigError(f"batch is {settings.batch}: fewer sets than the {accelerator.num_processes} processes")
-    trainer = _Trainer(settings, loss, objective, data, prepare, validate, accelerator, label)
+    trainer = _Trainer(settings, loss, objective, data, prepare, validate, rollouts, accelerator, label)
     folder = out / CHECKPOINTS
     found = checkpoints.load_newest(folder, belongs_to, progress.log)
     if found is not None:
@@ -108,8 +117,10 @@ def train(
         write_bytes(out / LOG, encoded(trainer.log))
         log = (out / LOG).open("a", encoding="utf-8")
         steps = progress.each(steps, total=plan.steps - len(trainer.log), unit="step", label=label)
-    with Stop() as stop, deterministic_kernels(accelerator.device), log or contextlib.nullcontext():
-        for line in steps:
+    speed = RunLog(settings, accelerator, run_log, trainer.flops, belongs_to[:16])
+    with Stop() as stop, speed, deterministic_kernels(accelerator.device), log or contextlib.nullcontext():
+        for line, sets, seconds in steps:
+            speed.add(line, sets, seconds, last=line.step == plan.steps)
             if log is not None:
                 log.write(line.encoded())
                 log.flush()
@@ -123,6 +134,8 @@ def train(
             if stopping and line.step < plan.steps:
                 progress.log(f"{label}: asked to stop; goes on after step {line.step:,} when run again")
                 raise SystemExit(STOPPED)
+    if said := speed.said():
+        progress.log(f"{label}: {said}")
     if settings.export == "best":
         found = checkpoints.load_best(folder, belongs_to, progress.log)
         if found is None:
@@ -144,11 +157,13 @@ class _Trainer:
         data: SetData,
         prepare: Prepare,
         validate: Validate | None,
+        rollouts: Rollouts | None,
         accelerator: Accelerator,
         label: str,
     ) -> None:
         self.settings, self.objective, self.label = settings, objective, label
-        self.data, self.prepare, self.validate, self.accelerator = data, prepare, validate, accelerator
+        self.data, self.prepare, self.accelerator = data, prepare, accelerator
+        self.validate, self.rollouts = validate, rollouts
         self.unet = loss.unet
         if settings.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
@@ -161,9 +176,10 @@ class _Trainer:
             self.weights.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
         self.log: list[LogLine] = []
+        self._shapes: dict[str, Sequence[int]] = {}
 
-    def run(self, plan: BatchPlan) -> Iterator[LogLine]:
-        """The steps after those already done."""
+    def run(self, plan: BatchPlan) -> Iterator[tuple[LogLine, int, float]]:
+        """The steps after those already done, each with its sets and seconds (without its validation)."""
         start = len(self.log)
         micro_batches = iter(
             DataLoader(
@@ -177,6 +193,7 @@ class _Trainer:
         )
         self.unet.train()
         for step, epoch, batch in plan.batches(start):
+            began = time.monotonic()
             self._seed_layers(step)
             total = torch.zeros((), device=self.accelerator.device)
             for _ in plan.micro_batches(batch):
@@ -192,22 +209,30 @@ class _Trainer:
             norm = self._update(rate, skip)
             if not math.isfinite(norm):
                 raise self._stopped(f"the gradient norm of step {step:,} is {norm}", batch)
+            seconds = time.monotonic() - began
             smooth = self.log[-1].smoothed if skip else smoothed(self.log, value)
             validated = self._validated(step, plan.steps)
             self.log.append(LogLine(step, epoch, value, smooth, rate, norm, skip, validated))
-            yield self.log[-1]
+            yield self.log[-1], len(batch), seconds
 
     def _accumulate(self, micro: Batch, epoch: int, batch: int) -> Tensor:
         """Add a micro-batch's gradients; returns its part of the batch's mean loss."""
         device = self.accelerator.device
         samples = micro["sample"].tolist()
         ready = self.prepare({name: tensor.to(device, non_blocking=True) for name, tensor in micro.items()})
+        if self.rollouts is not None:
+            ready = self.rollouts(ready, samples, epoch)
+        self._shapes = {name: ready[name].shape[1:] for name in ("latents", "features", "condition") if name in ready}
         losses = batch_losses(self.loss, self.objective, ready, samples, epoch)
         # by the batch's size, not the micro-batch's: the last micro-batch may be smaller
         part = losses.sum() / batch
         if torch.isfinite(part):
             self.accelerator.backward(part)
         return part.detach()
+
+    def flops(self) -> int:
+        """Operations of one set like the last one trained on."""
+        return training_flops(self.unet, self._shapes)
 
     def _update(self, rate: float, skip: bool) -> float:
         """One optimizer step, or none, from the gradients of all processes; returns their norm before clipping."""
@@ -300,5 +325,5 @@ def batch_losses(loss: Any, objective: Objective, ready: Batch, samples: Sequenc
     """(B,) losses of a prepared batch under its own keyed draws."""
     latents = ready["latents"]
     draws = objective.draw(samples, epoch, latents.shape[1:]).to(latents.device)
-    extra = {name: ready[name] for name in ("features", "condition", "counts") if name in ready}
+    extra = {name: ready[name] for name in ("context", "features", "condition", "counts") if name in ready}
     return loss(latents, draws, **extra)

@@ -39,13 +39,46 @@ class TrainingSettings(StageConfig):
         description="one timestep for each image, as Stable Diffusion's trainings draw them and as sampling visits "
         "images, or one shared by a set (Eq. 5 writes a single t)",
     )
-    context_dropout: float = Field(
-        0.1, ge=0, le=1, description="share of sets trained without preceding images (section 6.1); dropped by set"
+    timestep_sampling: Literal["uniform", "shifted", "logit_normal"] = Field(
+        "uniform",
+        description="which timesteps, how often: uniform as in the paper (section 3), or skewed to high noise, where "
+        "preceding images matter: shifted or logit_normal (Esser et al. 2024, Eqs. 23 and 19)",
     )
+    timestep_shift: float = Field(3.0, gt=0, description="of timestep_sampling=shifted; over 1: towards noise")
+    timestep_mean: float = Field(1.0, description="of timestep_sampling=logit_normal; over 0: towards noise")
+    timestep_std: float = Field(1.0, gt=0, description="of timestep_sampling=logit_normal")
+    context_dropout: float = Field(
+        0.1, ge=0, le=1, description="share of sets trained without preceding images (section 6.1)"
+    )
+    dropping: Literal["set", "image"] = Field(
+        "set", description=f"preceding images are dropped for a whole set, or for each image by itself; {_PAPER_SILENT}"
+    )
+    random_context: bool = Field(
+        False,
+        description="image i sees a random number of the i - 1 images before it, at least one, the nearest ones, "
+        "instead of all of them",
+    )
+    rollout_share: float = Field(
+        0.0, ge=0, le=1, description="share of sets whose preceding images but the first are the model's own"
+    )
+    rollout_steps: int = Field(10, ge=1, description="DDIM steps of each of the model's own images")
+    rollout_guidance: float = Field(1.0, ge=1, description="guidance scale of the model's own images; 1: none, cheap")
     seed: int = Field(0, ge=0, description="of all that is drawn, by (seed, epoch, sample)")
     gradient_checkpointing: bool = Field(False, description="compute activations twice instead of keeping them")
     checkpoint_every: Annotated[int, Incidental()] = Field(1000, ge=1, description="steps")
     keep_checkpoints: Annotated[int, Incidental()] = Field(2, ge=1)
+    log_every: Annotated[int, Incidental()] = Field(
+        10, ge=1, description="steps between lines of speed and memory in the run log, and to the trackers"
+    )
+    peak_tflops: Annotated[float | None, Incidental()] = Field(
+        None,
+        gt=0,
+        description="what one device can do at most in compute.dtype, for example 312 (A100, bfloat16): its share "
+        "that the model uses (MFU) is then logged",
+    )
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Incidental()] = Field(
+        (), description="who else is told of losses and speed, through Accelerate; their packages are not among ours"
+    )
     workers: Annotated[int, Incidental()] = Field(0, ge=0, description="processes that read data; 0: this one")
     spike_factor: float | None = Field(
         None,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from m2m.artifacts import record_files
+from m2m.config import identity
 from m2m.errors import ArtifactError, ConfigError, InputError
 from m2m.pipelines.many_to_many import load_pipeline
 from m2m.training.pretrain import MisSets, Pretrain, pretrain
@@ -46,8 +47,15 @@ def test_the_same_training_leaves_the_same_bytes_wherever_its_sources_lie(
     first, second = (start_run("pretrain@self", {"sets": image_sets}, name) for name in ("first", "second"))
     pretrain(settings(), first)
     elsewhere = shutil.copytree(models / "text-to-image", tmp_path / "elsewhere")
-    pretrain(settings(text_to_image=str(elsewhere)), second)
+    measured = settings(text_to_image=str(elsewhere), log_every=2, peak_tflops=1e-3)
+    pretrain(measured, second)
     assert record_files(first.out) == record_files(second.out)
+    assert identity(measured, tmp_path) == identity(settings(), tmp_path)
+    lines = [json.loads(line) for line in (second.records / "training-a fingerprin.jsonl").read_text().splitlines()]
+    speeds = [line for line in lines if "mfu" in line]
+    assert [line["step"] for line in speeds] == [2, 4]
+    for line in speeds:
+        assert line["sets_per_second"] > 0 and line["mfu"] > 0 and 0.05 < line["peak_memory_gb"] < 100
 
 
 def test_a_run_after_the_last_checkpoint_only_finishes(settings, start_run, image_sets, monkeypatch):
