@@ -83,8 +83,10 @@ def take(
 ) -> None:
     """Train the pipeline's U-Net; leave the pipeline, the log, a sample picture and figures in `run.out`.
 
-    What a killed run left is gone on with: everything after the last checkpoint is made again.
+    What a killed run left is gone on with: everything after the last checkpoint is made again. Of several processes
+    only the main one writes.
     """
+    main = accelerator.is_main_process
     loss = SetLoss(pipeline.unet, pipeline.scheduler)
 
     def validate() -> float | None:
@@ -126,14 +128,17 @@ def take(
         label=run.stage.key,
     )
     after = validate()
-    save_pipeline(pipeline, run.out)
-    _draw_sample(settings, pipeline, sets, picture, accelerator, run)
+    if main:
+        save_pipeline(pipeline, run.out)
+        _draw_sample(settings, pipeline, sets, picture, accelerator, run)
     run.count(sets=len(sets.training), steps=len(log))
     run.figure(started_from=started_from, parameters=parameter_count(pipeline.unet))
     _say(log, before, after, run)
     bad = [name for name, weight in pipeline.unet.state_dict().items() if not torch.isfinite(weight).all()]
     run.check("weights_finite", not bad, f"not finite: {', '.join(bad[:3])}")
-    shutil.rmtree(run.out / CHECKPOINTS, ignore_errors=True)
+    accelerator.wait_for_everyone()  # nobody reads a checkpoint any more
+    if main:
+        shutil.rmtree(run.out / CHECKPOINTS, ignore_errors=True)
 
 
 def save_pipeline(pipeline: ManyToManyPipeline, folder: Path) -> None:

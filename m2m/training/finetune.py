@@ -115,7 +115,8 @@ def finetune(config: Finetune, run: StageRun) -> None:
         for task, limit, known in zip(tasks, (config.samples, None), (kept, None))
     )
     left_out = sorted({(one.path, one.reason) for task in tasks for one in task.set_aside})
-    write_json(run.out / "set_aside.json", [{"path": path, "reason": reason} for path, reason in left_out])
+    if accelerator.is_main_process:
+        write_json(run.out / "set_aside.json", [{"path": path, "reason": reason} for path, reason in left_out])
     run.count(set_aside=len(left_out))
     objective = objective_of(
         config, pipeline, condition_dropout=config.condition_dropout, drop_together=config.drop_together

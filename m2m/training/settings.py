@@ -3,7 +3,7 @@
 Belongs here: fields and what they mean. Not here: the settings of one stage (they stand beside its function).
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,8 @@ _PAPER_SILENT = "the paper does not say"
 
 class TrainingSettings(StageConfig):
     """How a training goes, whatever it trains on."""
+
+    made_together: ClassVar[bool] = True
 
     images_per_set: int = Field(
         5, ge=2, description=f"N; M2M-Self: 5 (paper, section 7.1); for M2M-DINO and fine-tuning {_PAPER_SILENT}"
