@@ -22,6 +22,7 @@ from m2m.training.encoding import pictures_of
 from m2m.training.held_out import continued, stacked, validation_loss, write_grid
 from m2m.training.log import LogLine, best
 from m2m.training.loop import CHECKPOINTS, Prepare, SetData, train
+from m2m.training.lora import has_lora, merge_lora, save_lora
 from m2m.training.objective import Objective, SetLoss
 from m2m.training.rollouts import OwnRollouts
 from m2m.training.settings import TrainingSettings
@@ -128,6 +129,11 @@ def take(
         label=run.stage.key,
     )
     after = validate()
+    if has_lora(pipeline.unet):
+        run.figure(trained_parameters=sum(one.numel() for one in pipeline.unet.parameters() if one.requires_grad))
+        if main:
+            save_lora(pipeline.unet, run.out)
+        merge_lora(pipeline.unet)
     if main:
         save_pipeline(pipeline, run.out)
         _draw_sample(settings, pipeline, sets, picture, accelerator, run)

@@ -21,6 +21,7 @@ from m2m.progress import Progress
 from m2m.stage_run import StageRun
 from m2m.training.course import SamplePicture, Sets, objective_of, start_accelerator, take
 from m2m.training.encoding import Encoding
+from m2m.training.lora import add_lora, require_peft
 from m2m.training.settings import TrainingSettings
 from m2m.training.starting import check_start, feature_width, origin, parameter_count, unet_config
 from m2m.training.task_sets import NovelViews, Task, TaskSets, VisualProcedures
@@ -47,6 +48,13 @@ class Finetune(TrainingSettings):
     cache_in_memory: bool = Field(
         False, description="encode all images once before training and keep latents and features in memory"
     )
+    lora_rank: int | None = Field(
+        None,
+        ge=1,
+        description="train adapters of this rank on the attention (LoRA, through peft) and the condition embedders, "
+        "not all weights; merged into what is exported, and saved beside it",
+    )
+    lora_alpha: float | None = Field(None, gt=0, description="the adapters count lora_alpha / lora_rank times; 1 times")
     sample_given: int = Field(1, ge=1, description="images of a held-out set that the sample picture starts from")
     text_to_image: Annotated[str | None, Incidental()] = Field(
         None, description="what the base was made from; only a dry run looks at it, for sizes before there is a base"
@@ -68,6 +76,8 @@ class Finetune(TrainingSettings):
     def preview(self, root: Path, variant: str | None) -> list[str]:
         """Open the data and build the U-Net on the meta device."""
         assert variant is not None
+        if self.lora_rank is not None:
+            require_peft()
         folder = resolve(self.data, root)
         training, held_out = (
             open_task(self, variant, folder, 64, "train"),
@@ -99,11 +109,14 @@ def finetune(config: Finetune, run: StageRun) -> None:
     Raises:
         ArtifactError: the base is not M2M-DINO, or is fine-tuned already.
         InputError: no data in the expected layout.
+        ConfigError: LoRA is asked for, and peft is not installed.
         CheckFailed: a loss is not finite.
     """
     variant, base = str(run.stage.variant), run.inputs["base"]
     accelerator = start_accelerator(config, run)
     pipeline = conditioned_pipeline(base, CONDITIONS[variant], config.seed)
+    if config.lora_rank is not None:
+        add_lora(pipeline.unet, config.lora_rank, config.lora_alpha, config.seed)
     pipeline.to(accelerator.device)
     encoding = Encoding(pipeline, accelerator)
     size = pipeline.unet.config.sample_size * pixels_per_latent(pipeline.vae)

@@ -170,7 +170,8 @@ class _Trainer:
         # evaluation_mode: no DDP wrapper. Which weights get gradients changes with the dropped contexts, and
         # gradients are summed over processes once a step, after accumulation
         self.loss = accelerator.prepare_model(loss, evaluation_mode=True)
-        self.weights = dict(self.unet.named_parameters())
+        self.weights = {name: weight for name, weight in self.unet.named_parameters() if weight.requires_grad}
+        self.frozen = {name for name, weight in self.unet.named_parameters() if not weight.requires_grad}
         self.average = EMAModel(self.weights.values(), decay=settings.ema_decay)
         self.optimizer = torch.optim.AdamW(
             self.weights.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
@@ -283,7 +284,7 @@ class _Trainer:
             for key in ("exp_avg", "exp_avg_sq", "step")
         }
         tensors = {
-            "unet": dict(self.unet.state_dict()),
+            "unet": {name: tensor for name, tensor in self.unet.state_dict().items() if name not in self.frozen},
             "average": dict(zip(self.weights, self.average.shadow_params)),
             "optimizer": moments,
         }
@@ -302,7 +303,8 @@ class _Trainer:
 
     def restore(self, found: Checkpoint) -> None:
         """Take the state of a checkpoint."""
-        self.unet.load_state_dict(dict(found.tensors["unet"]))
+        frozen = {name: tensor for name, tensor in self.unet.state_dict().items() if name in self.frozen}
+        self.unet.load_state_dict({**frozen, **found.tensors["unet"]})
         self.adopt(found)
         self.average.optimization_step = found.numbers["average_steps"]
         moments = found.tensors["optimizer"]

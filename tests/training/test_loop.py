@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 from m2m.errors import CheckFailed, ConfigError, InputError
 from m2m.training import checkpoints
 from m2m.training import log as log_module
 from m2m.training.checkpoints import Checkpoint
 from m2m.training.log import LOG, LogLine, is_spike, skipped_in_a_row
+from m2m.training.objective import Objective, SetLoss
 from m2m.training.stopping import STOPPED
-from tests.training.toy import ToySets, toy_training, toy_unet
+from tests.training.toy import FEATURES, ToySets, toy_training, toy_unet
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,16 +50,21 @@ def test_an_interrupted_and_resumed_training_is_the_uninterrupted_one(tmp_path, 
     assert_equal_training(tmp_path, unet, uninterrupted)
 
 
+# imports and five trainings in processes of their own: a busy machine takes minutes
+slow_machine = pytest.mark.timeout(600)
+
+
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """A folder with a training that was killed and then asked to stop, and one of two processes; how they ended."""
+    """A folder: one killed and twice asked to stop, one by two processes, one by one; and how they ended."""
     folder = tmp_path_factory.mktemp("processes")
     argv = [sys.executable, "-m", "tests.training.toy", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(argv, cwd=ROOT, env=environment, timeout=240, stdout=subprocess.PIPE, text=True, check=True)
-    return folder, [int(code) for code in done.stdout.split()[-5:]]
+    done = subprocess.run(argv, cwd=ROOT, env=environment, timeout=540, stdout=subprocess.PIPE, text=True, check=True)
+    return folder, [int(code) for code in done.stdout.split()[-6:]]
 
 
+@slow_machine
 def test_a_killed_training_and_one_asked_to_stop_go_on_exactly(processes, uninterrupted):
     folder, codes = processes
     assert codes[:3] == [-signal.SIGKILL, STOPPED, STOPPED]
@@ -68,15 +75,17 @@ def test_a_killed_training_and_one_asked_to_stop_go_on_exactly(processes, uninte
     assert_equal_training(folder / "faults", unet, uninterrupted)
 
 
-def test_two_processes_train_as_one(processes, uninterrupted):
+@slow_machine
+def test_two_processes_train_as_one(processes):
     folder, codes = processes
-    assert codes[3:] == [0, 0]
-    log = [json.loads(line) for line in (folder / "two" / LOG).read_text().splitlines()]
-    reference = [json.loads(line) for line in uninterrupted[1].splitlines()]
-    assert [line["step"] for line in log] == [line["step"] for line in reference]
-    for line, other in zip(log[:4], reference):
-        assert line["loss"] == pytest.approx(other["loss"], rel=1e-3)
-        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-2)
+    assert codes[3:] == [0, 0, 0]
+    two, one = (
+        [json.loads(line) for line in (folder / name / LOG).read_text().splitlines()] for name in ("two", "one")
+    )
+    assert [line["step"] for line in two] == list(range(1, 21))
+    for line, other in zip(two, one, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(tmp_path, uninterrupted, capsys):
@@ -135,10 +144,20 @@ def test_data_workers_change_nothing(tmp_path, uninterrupted):
     assert_equal_training(tmp_path, unet, uninterrupted)
 
 
-def test_gradient_checkpointing_changes_nothing(tmp_path, uninterrupted):
-    _, log = toy_training(tmp_path, gradient_checkpointing=True, steps=2)
-    reference = [json.loads(line) for line in uninterrupted[1].splitlines()]
-    assert [line.loss for line in log] == pytest.approx([line["loss"] for line in reference[:2]], rel=1e-5)
+@pytest.mark.parametrize("variant", ["self", "dino"])
+def test_gradient_checkpointing_changes_no_gradient(variant):
+    latents, gradients = torch.randn(2, 3, 4, 8, 8), []
+    features = torch.randn(2, 2, 5, FEATURES) if variant == "dino" else None
+    for checkpointed in (False, True):
+        unet = toy_unet(variant).train()
+        if checkpointed:
+            unet.enable_gradient_checkpointing()
+        draws = Objective(seed=0).draw([0, 1], 0, latents.shape[1:])
+        SetLoss(unet, DDPMScheduler())(latents, draws, features=features).mean().backward()
+        gradients.append({name: weight.grad for name, weight in unet.named_parameters() if weight.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], rtol=0, atol=1e-6 * float(gradient.abs().max())), name
 
 
 def test_the_exported_weights_are_the_average(tmp_path):

@@ -125,18 +125,18 @@ class Signalled(ToySets):
         os.kill(os.getpid(), self.number)
 
 
-def ended(out: Path, data: ToySets, **environment: str) -> int:
+def ended(out: Path, data: ToySets, **changes: Any) -> int:
     """Train in a process of its own, and wait: how it ended (negative: by that signal)."""
-    return waited(started(out, data, **environment))
+    return waited(started(out, data, {}, **changes))
 
 
-def started(out: Path, data: ToySets, **environment: str) -> int:
+def started(out: Path, data: ToySets, environment: dict[str, str], **changes: Any) -> int:
     """Train in a process of its own; its id."""
     child = os.fork()
     if child == 0:
         os.environ.update(environment)
         try:
-            toy_training(out, data)
+            toy_training(out, data, **changes)
         except SystemExit as stop:
             os._exit(int(str(stop.code)))
         except BaseException:
@@ -162,5 +162,7 @@ if __name__ == "__main__":
     faults = [(22, signal.SIGKILL), (3, signal.SIGTERM), (3, signal.SIGUSR1)]
     codes = [ended(folder / "faults", Signalled(*fault)) for fault in faults]
     group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    pair = [started(folder / "two", ToySets(), RANK=rank, LOCAL_RANK=rank, **group) for rank in ("0", "1")]
-    print(*codes, *map(waited, pair))
+    pair = [
+        started(folder / "two", ToySets(), {**group, "RANK": rank, "LOCAL_RANK": rank}, steps=20) for rank in ("0", "1")
+    ]
+    print(*codes, *map(waited, pair), ended(folder / "one", ToySets(), steps=20))
