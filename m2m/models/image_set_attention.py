@@ -190,8 +190,10 @@ class WholeSets(_Conditioned):
             clean, noisy = hidden[:0], hidden
             k, v = attention.keys_and_values(self.features.to(hidden.dtype))
         q = attention.queries(noisy.unflatten(0, (self.sets, self.images)))
-        by_image = self.keep is not None and self.keep.ndim == 3
-        read = chosen_attention(q, k, v, self.keep) if by_image else prefix_attention(q, k, v, self.keep)
+        if self.keep is not None and self.keep.ndim == 3:
+            read = chosen_attention(q, k, v, self.keep)
+        else:
+            read = prefix_attention(q, k, v, self.keep)
         read = read.flatten(0, 1).flatten(2)
         if self.features is not None:
             return read

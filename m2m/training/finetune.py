@@ -54,7 +54,7 @@ class Finetune(TrainingSettings):
         description="train adapters of this rank on the attention (LoRA, through peft) and the condition embedders, "
         "not all weights; merged into what is exported, and saved beside it",
     )
-    lora_alpha: float | None = Field(None, gt=0, description="the adapters count lora_alpha / lora_rank times; 1 times")
+    lora_alpha: int | None = Field(None, ge=1, description="the adapters count lora_alpha / lora_rank times; 1 times")
     sample_given: int = Field(1, ge=1, description="images of a held-out set that the sample picture starts from")
     text_to_image: Annotated[str | None, Incidental()] = Field(
         None, description="what the base was made from; only a dry run looks at it, for sizes before there is a base"

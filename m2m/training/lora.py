@@ -31,7 +31,7 @@ def require_peft() -> None:
         raise ConfigError("lora_rank is set, and its package is not installed: `pip install peft`, or leave it out")
 
 
-def add_lora(unet: ManyToManyUNet, rank: int, alpha: float | None, seed: int) -> None:
+def add_lora(unet: ManyToManyUNet, rank: int, alpha: int | None, seed: int) -> None:
     """Freeze the U-Net but its condition embedders, which are new, and add an adapter to every attention projection.
 
     The model predicts the same until it is trained.

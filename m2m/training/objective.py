@@ -31,7 +31,7 @@ class Draws:
     clean_timesteps: Tensor | None = None  # (B, N - 1) int64, how much of it
 
     def to(self, device: torch.device) -> "Draws":
-        return Draws(*(None if tensor is None else tensor.to(device) for tensor in vars(self).values()))
+        return replace(self, **{name: one.to(device) for name, one in vars(self).items() if one is not None})
 
 
 @dataclass(frozen=True)

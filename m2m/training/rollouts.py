@@ -65,9 +65,6 @@ class OwnRollouts:
     def _made(self, given: Tensor, noise: Tensor, condition: Tensor | None) -> Tensor:
         """What the U-Net reads of the images that follow the given one: (sets, images, ...)."""
         pipeline, images = self.pipeline, noise.shape[1]
-        conditions = {}
-        if condition is not None:
-            conditions = {"condition": condition[:, :1], "target_condition": condition[:, 1 : images + 1]}
         was_training = pipeline.unet.training
         pipeline.unet.eval()
         pipeline.set_progress_bar_config(disable=True)
@@ -76,11 +73,12 @@ class OwnRollouts:
             made = pipeline(
                 preceding=given,
                 num_images=images,
+                condition=None if condition is None else condition[:, :1],
+                target_condition=None if condition is None else condition[:, 1 : images + 1],
                 latents=noise.to(given.device),
                 num_inference_steps=self.steps,
                 guidance_scale=self.guidance_scale,
                 output_type="latent" if of_self else "pt",
-                **conditions,
             ).images
             assert isinstance(made, Tensor)
             read = made if of_self else pipeline.encode(made.flatten(0, 1)).unflatten(0, made.shape[:2])

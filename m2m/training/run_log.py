@@ -49,6 +49,8 @@ class RunLog:
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
         if accelerator.log_with:
+            if accelerator.is_main_process and accelerator.project_dir is not None:
+                Path(accelerator.project_dir).mkdir(parents=True, exist_ok=True)
             plain = {name: value for name, value in settings if isinstance(value, int | float | str)}
             wandb = {"id": run_id, "resume": "allow", "dir": str(accelerator.project_dir)}
             asked = {"wandb": wandb} if "wandb" in settings.trackers else {}

@@ -132,7 +132,7 @@ def test_images_kept_in_memory_train_the_same(base, objects, start_run, quick):
 def test_lora_leaves_a_plain_pipeline_and_its_adapter_beside(base, objects, start_run, quick):
     pytest.importorskip("peft")
     settings = Finetune.model_validate(
-        {**quick, "data": str(objects), "lora_rank": 2, "lora_alpha": 6.0, "sample_sets": 0, "cache_in_memory": True}
+        {**quick, "data": str(objects), "lora_rank": 2, "lora_alpha": 6, "sample_sets": 0, "cache_in_memory": True}
     )
     run = start_run("finetune@nvs", {"base": base})
     finetune(settings, run)
@@ -170,6 +170,11 @@ def test_a_lora_training_goes_on_exactly(base, objects, start_run, quick, monkey
     assert not any("base_layer" in name for name in load_file(small)), "frozen weights need no checkpoint"
     finetune(settings, killed)
     assert record_files(whole.out) == record_files(killed.out)
+
+
+def test_images_and_condition_dropped_together_are_so_by_set(objects):
+    with pytest.raises(ValueError, match="leave dropping=set"):
+        Finetune.model_validate({"data": str(objects), "drop_together": True, "dropping": "image"})
 
 
 def test_peft_is_asked_for_by_name_where_it_is_missing(objects, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -245,7 +246,7 @@ def test_only_a_loss_far_over_the_smoothed_one_is_a_spike_and_never_an_early_one
 
 
 def test_the_best_weights_are_kept_beside_the_last_ones_and_can_be_exported(tmp_path):
-    asked = {"checkpoint_every": 1, "keep_checkpoints": 1, "validate_every": 2, "steps": 6}
+    asked: dict[str, Any] = {"checkpoint_every": 1, "keep_checkpoints": 1, "validate_every": 2, "steps": 6}
     losses = iter([3.0, 1.0, 2.0])
     unet, log = toy_training(tmp_path, validate=lambda: next(losses), export="best", **asked)
     assert [(line.step, line.validation_loss) for line in log[1::2]] == [(2, 3.0), (4, 1.0), (6, 2.0)]

@@ -133,8 +133,8 @@ def test_a_random_context_is_what_a_window_of_its_size_shows(variant):
     counts = draws.reads.sum(2)
     assert (counts[0, 1:] < torch.tensor([1, 2, 3])).any(), "a draw that leaves something out"
     read = features if variant == "dino" else latents
-    noisy = schedule.add_noise(latents.flatten(0, 1), draws.noise.flatten(0, 1), draws.timesteps.flatten())
-    noisy = noisy.unflatten(0, (2, 4))
+    share = schedule.alphas_cumprod[draws.timesteps][..., None, None, None]
+    noisy = share.sqrt() * latents + (1 - share).sqrt() * draws.noise
     for place in range(2):
         errors = []
         for image in range(4):

@@ -129,6 +129,19 @@ def test_settings_that_contradict_each_other_are_refused(settings):
     with pytest.raises(ValueError, match="set timesteps=set"):
         settings(clean_timestep=None)
     assert settings(clean_timestep=None, timesteps="set").clean_timestep is None
+    with pytest.raises(ValueError, match="leave clean_timestep at 0"):
+        settings(clean_timestep=5, context_noise=10)
+    for change in ({"dropping": "image"}, {"random_context": True}):
+        with pytest.raises(ValueError, match="dropped_context=zeroed drops whole sets"):
+            settings(dropped_context="zeroed", **change)
+
+
+@pytest.mark.parametrize(
+    ("variant", "timestep", "why"), [("dino", 10, "is for M2M-Self"), ("self", 1000, "has timesteps 0 to 999")]
+)
+def test_context_noise_that_can_not_be_is_refused(variant, timestep, why, settings, start_run, image_sets):
+    with pytest.raises(ConfigError, match=why):
+        pretrain(settings(context_noise=timestep), start_run(f"pretrain@{variant}", {"sets": image_sets}))
 
 
 def test_saved_configs_hold_no_paths(settings, start_run, image_sets, models):
