@@ -47,10 +47,11 @@ def torchrun(*argv: str) -> subprocess.CompletedProcess:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "m2m"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*launcher, *argv], cwd=ROOT, env=environment, timeout=240, capture_output=True, text=True, check=False
+        [*launcher, *argv], cwd=ROOT, env=environment, timeout=540, capture_output=True, text=True, check=False
     )
 
 
+@pytest.mark.timeout(600)  # three imports of torch and diffusers: a busy machine takes minutes
 def test_two_processes_make_the_output_of_one(profile):
     one, two = profile("one"), profile("two")
     alone = run_stage(STAGE, one, progress=Progress(quiet=True)).folder
