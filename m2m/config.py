@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -44,6 +44,9 @@ class Settings(BaseModel):
 
 class StageConfig(Settings):
     """Base of the one config that a stage's function takes."""
+
+    made_together: ClassVar[bool] = False
+    """Whether several processes, started together, can make one output of the stage."""
 
     def preview(self, root: Path, variant: str | None) -> list[str]:
         """What a dry run finds out without inputs and without writing: sources there, models that can be built.

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from m2m import processes
 from m2m.artifacts import Manifest, Summary, read_summary
 
 Item = TypeVar("Item")
@@ -128,7 +129,13 @@ def pipes_metadata(manifest: Manifest, summary: Summary, folder: Path) -> dict[s
 
 @contextlib.contextmanager
 def open_progress() -> Iterator[Progress]:
-    """Progress that fits where we run: Pipes when Dagster launched us, plain otherwise."""
+    """Progress that fits where we run: Pipes when Dagster launched us, plain otherwise.
+
+    Of several processes that make one output only the first speaks.
+    """
+    if not processes.leads():
+        yield Progress(quiet=True)
+        return
     from dagster_pipes import PipesEnvVarParamsLoader, open_dagster_pipes
 
     if not PipesEnvVarParamsLoader().is_dagster_pipes_process():

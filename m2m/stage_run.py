@@ -16,10 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from m2m import artifacts
+from m2m import artifacts, processes
 from m2m.artifacts import Manifest, Summary
 from m2m.config import Profile, resolve
-from m2m.errors import CheckFailed
+from m2m.errors import CheckFailed, ConfigError
 from m2m.progress import Progress
 from m2m.recall import recall_identity, remember_identity
 from m2m.stages import STAGES, Stage, shard_key
@@ -39,6 +39,11 @@ class StageRun:
     counts: dict[str, int] = field(default_factory=dict)
     summary: dict[str, dict[str, Any]] = field(default_factory=dict)
     incomplete: str = ""
+
+    @property
+    def records(self) -> Path:
+        """Where the records of this stage's runs lie: what varies between equal runs goes there, not into `out`."""
+        return _records(self.profile, self.stage)
 
     def source(self, path: Path | str) -> Path:
         """A source of the config as a path that can be opened, from whatever folder the command was started."""
@@ -92,6 +97,15 @@ class Outcome:
     note: str
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What the leader tells the processes that make an output with it."""
+
+    partial: Path
+    inputs: Mapping[str, Path]
+    fingerprint: str
+
+
 def fingerprint(stage: Stage, settings: Mapping[str, Any], inputs: Mapping[str, Manifest]) -> str:
     """The one judge of staleness: the stage, its settings that can change bytes, and its inputs' manifests.
 
@@ -121,6 +135,8 @@ def run_stage(
     Work is done in a folder beside the output, named by the fingerprint, and swapped into place when it is whole:
     what a crash leaves is picked up by the next run, and an older output stays until then.
 
+    Started by torchrun, all processes call this, and the first one does what only one can do.
+
     Args:
         shards: for partitioned stages, the ones to make; all by default.
         force: make it again although it is current.
@@ -128,7 +144,25 @@ def run_stage(
     Raises:
         M2MError: bad settings, inputs that are not whole, or a check that does not hold.
     """
-    progress = progress or Progress()
+    with processes.team() as team:
+        if not processes.leads():
+            return _follow(stage, profile, overrides, team)
+        with team.leading():
+            outcome = _lead(stage, profile, overrides, shards, force, progress or Progress(), team)
+        team.tell(outcome)
+        return outcome
+
+
+def _lead(
+    stage: Stage,
+    profile: Profile,
+    overrides: Sequence[str],
+    shards: Sequence[int] | None,
+    force: bool,
+    progress: Progress,
+    team: processes.Team,
+) -> Outcome:
+    """What one process alone does, or of several the first: the only one that locks, finishes and records."""
     settings = _settings(stage, profile, overrides)
     folders = {name: STAGES[key].folder(profile) for name, key in stage.inputs.items()}
     manifests = {
@@ -158,7 +192,11 @@ def run_stage(
         manifest = artifacts.read_manifest(partial)
         if manifest is None or artifacts.faults(partial, manifest):  # whole if a crash came just before the swap
             (partial / artifacts.MANIFEST).unlink(missing_ok=True)
-            function(config, run)
+            if team.count > 1 and not config.made_together:
+                raise ConfigError(f"{stage.key} is made by one process; {team.count} were started together")
+            team.tell(_Work(partial, folders, print_))
+            with team.working():
+                function(config, run)
             if run.incomplete:
                 _record_run(stage, profile, run, started, None)
                 return Outcome(partial, None, True, run.incomplete)
@@ -174,6 +212,17 @@ def run_stage(
         _record_run(stage, profile, run, started, manifest)
     progress.made(manifest, final, shards=keys, fresh=True)
     return Outcome(final, manifest, True, f"{final}: {len(manifest.files)} files, {_counted(manifest.counts)}")
+
+
+def _follow(stage: Stage, profile: Profile, overrides: Sequence[str], team: processes.Team) -> Outcome:
+    """What the other processes do: the stage's function, in the leader's folder, in silence."""
+    word = team.hear()
+    if isinstance(word, _Work):
+        function, config = stage.configured(profile, overrides)
+        run = StageRun(stage, profile, word.partial, word.inputs, word.fingerprint, Progress(quiet=True))
+        function(config, run)
+        word = team.hear()
+    return word
 
 
 def _settings(stage: Stage, profile: Profile, overrides: Sequence[str]) -> Mapping[str, Any]:
@@ -229,6 +278,10 @@ def _lock_path(profile: Profile, stage: Stage, name: str) -> Path:
     return profile.outputs / ".locks" / f"{stage.key}.{name}.lock"
 
 
+def _records(profile: Profile, stage: Stage) -> Path:
+    return profile.outputs / "runs" / stage.key
+
+
 def _drop_leftovers(final: Path) -> None:
     """Remove what other settings left half-made, once a whole output stands."""
     for leftover in final.parent.glob(f"{final.name}.partial-*"):
@@ -237,7 +290,7 @@ def _drop_leftovers(final: Path) -> None:
 
 def _record_run(stage: Stage, profile: Profile, run: StageRun, started: float, manifest: Manifest | None) -> None:
     """Write what varies between equal runs (times, machine, versions, git) beside the outputs, never into them."""
-    folder = profile.outputs / "runs" / stage.key
+    folder = _records(profile, stage)
     folder.mkdir(parents=True, exist_ok=True)
     artifacts.write_json(
         folder / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(started))}-{os.getpid()}.json",

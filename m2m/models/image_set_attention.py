@@ -59,6 +59,30 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None
     return torch.where(keep[:, :, None, None, None], read, torch.zeros_like(read))
 
 
+def chosen_attention(q: Tensor, k: Tensor, v: Tensor, reads: Tensor) -> Tensor:
+    """`prefix_attention` where each image reads only some of the images before it.
+
+    Args:
+        reads: (sets, images, images - 1) bool; of an image's own and later ones nothing is read whatever it says.
+
+    Returns:
+        Same shape as `q`; zero where nothing is read.
+    """
+    tokens = k.shape[2]
+    found = []
+    for i in range(q.shape[1]):
+        chosen = reads[:, i, :i]
+        some = chosen.any(1)
+        # a row without a key would give NaN: let it read all, and throw away what it read
+        seen = (chosen | ~some[:, None]).repeat_interleave(tokens, 1)[:, None, None]
+        read = torch.zeros_like(q[:, i])
+        if i:
+            parts = (part.transpose(1, 2) for part in (q[:, i], k[:, :i].flatten(1, 2), v[:, :i].flatten(1, 2)))
+            read = F.scaled_dot_product_attention(*parts, attn_mask=seen).transpose(1, 2)
+        found.append(torch.where(some[:, None, None, None], read, torch.zeros_like(read)))
+    return torch.stack(found, dim=1)
+
+
 TRAINING_ATTENTIONS: dict[str, Callable[..., Tensor]] = {"prefix": prefix_attention, "flex": flex_prefix_attention}
 """Ways to compute the same in a training pass: the loop over prefixes is the reference."""
 
@@ -161,7 +185,7 @@ class WholeSets(_Conditioned):
     sets: int
     images: int
     features: Tensor | None = None  # M2M-DINO: (sets, images - 1, tokens, feature width), E_c(c) already added
-    keep: Tensor | None = None  # (sets, images)
+    keep: Tensor | None = None  # (sets, images), or (sets, images, images - 1): which preceding images each reads
     attention: str = "prefix"  # of TRAINING_ATTENTIONS
 
     def attend(self, attention: ImageSetAttention, hidden: Tensor) -> Tensor:
@@ -173,7 +197,11 @@ class WholeSets(_Conditioned):
             clean, noisy = hidden[:0], hidden
             k, v = attention.keys_and_values(self.features.to(hidden.dtype))
         q = attention.queries(noisy.unflatten(0, (self.sets, self.images)))
-        read = TRAINING_ATTENTIONS[self.attention](q, k, v, self.keep).flatten(0, 1).flatten(2)
+        if self.keep is not None and self.keep.ndim == 3:
+            read = chosen_attention(q, k, v, self.keep)
+        else:
+            read = TRAINING_ATTENTIONS[self.attention](q, k, v, self.keep)
+        read = read.flatten(0, 1).flatten(2)
         if self.features is not None:
             return read
         return torch.cat([read.new_zeros(*clean.shape[:-1], read.shape[-1]), read])

@@ -153,6 +153,7 @@ class ManyToManyUNet(UNet2DConditionModel):
         timesteps: Tensor,
         *,
         clean: Tensor | None = None,
+        clean_timesteps: Tensor | None = None,
         features: Tensor | None = None,
         keep_context: Tensor | None = None,
         condition: Tensor | None = None,
@@ -166,8 +167,10 @@ class ManyToManyUNet(UNet2DConditionModel):
             noisy: (sets, N, C, h, w).
             timesteps: (sets, N) integers; equal within a set where `clean_timestep` is None.
             clean: M2M-Self: (sets, N, C, h, w) or without the last image, which nobody reads.
+            clean_timesteps: M2M-Self: (sets, N - 1) integers in place of `clean_timestep`, for noised clean images.
             features: M2M-DINO: (sets, N or N - 1, tokens, feature width).
             keep_context: (sets,) or (sets, N) bool; False drops what the set's, or the image's, prediction is given.
+                Or (sets, N, N - 1): which of the images before it each image reads.
             condition: (sets, N, numbers), clean and noisy image i alike; None drops it everywhere.
             keep_condition: (sets,) bool.
 
@@ -190,6 +193,8 @@ class ManyToManyUNet(UNet2DConditionModel):
             times_clean = (
                 timesteps[:, :1].expand(sets, own) if fixed is None else timesteps.new_full((sets, own), fixed)
             )
+            if clean_timesteps is not None:
+                times_clean = clean_timesteps
             rows = torch.cat([read.flatten(0, 1), rows])
             times = torch.cat([times_clean.to(noisy.device).flatten(), times])
         shifts, feature_shift = self._embed_training(condition, keep_condition)

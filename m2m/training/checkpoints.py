@@ -1,6 +1,7 @@
-"""Checkpoints of a training: written whole or not at all, checked when read, the last few kept.
+"""Checkpoints of a training: written whole or not at all, checked when read, the last few and the best kept.
 
-Belongs here: folders `step-NNNNNN`, their files, choosing the newest good one. Not here: when to write one.
+Belongs here: folders `step-NNNNNN` and `best-NNNNNN`, their files, choosing the newest good one. Not here: when to
+write one, which one is the best.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from m2m.artifacts import sync_folder, write_json
 FORMAT = 1
 _STATE = "state.json"
 _LOG = "training_log.jsonl"
+_STEP, _BEST = "step", "best"
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,28 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     The files are written in a folder beside it, flushed, and renamed into place: after a crash there is a whole
     checkpoint or none of that name.
     """
-    final = folder / f"step-{checkpoint.step:06d}"
+    return _save(folder, _STEP, checkpoint, keep)
+
+
+def save_best(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write `folder/best-NNNNNN` as `save` does; the best one before it goes when it stands."""
+    return _save(folder, _BEST, checkpoint, 1)
+
+
+def load_newest(folder: Path, belongs_to: str, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that is whole and belongs to these settings; bad ones are named and passed over."""
+    return _load_newest(folder, _STEP, belongs_to, say)
+
+
+def load_best(folder: Path, belongs_to: str, say: Callable[[str], None]) -> Checkpoint | None:
+    """The best checkpoint, if it is whole and belongs to these settings."""
+    return _load_newest(folder, _BEST, belongs_to, say)
+
+
+def _save(folder: Path, kind: str, checkpoint: Checkpoint, keep: int) -> Path:
+    final = folder / f"{kind}-{checkpoint.step:06d}"
     temporary = folder / f".{final.name}.tmp"
-    for stale in folder.glob(".step-*.tmp"):
+    for stale in folder.glob(f".{kind}-*.tmp"):
         shutil.rmtree(stale)
     temporary.mkdir(parents=True)
     for name, tensors in checkpoint.tensors.items():
@@ -61,14 +82,14 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     shutil.rmtree(final, ignore_errors=True)
     os.rename(temporary, final)
     sync_folder(folder)
-    for old in _newest_first(folder)[keep:]:
+    # what was just written stays, also where a damaged one that was passed over has a higher number
+    for old in [path for path in _newest_first(folder, kind) if path != final][keep - 1 :]:
         shutil.rmtree(old)
     return final
 
 
-def load_newest(folder: Path, belongs_to: str, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that is whole and belongs to these settings; bad ones are named and passed over."""
-    for path in _newest_first(folder):
+def _load_newest(folder: Path, kind: str, belongs_to: str, say: Callable[[str], None]) -> Checkpoint | None:
+    for path in _newest_first(folder, kind):
         try:
             return _load(path, belongs_to)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -89,9 +110,10 @@ def _load(path: Path, belongs_to: str) -> Checkpoint:
     return Checkpoint(state["step"], tensors, (path / _LOG).read_text("utf-8"), belongs_to, state["numbers"])
 
 
-def _newest_first(folder: Path) -> list[Path]:
-    numbered = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
-    return sorted(numbered, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+def _newest_first(folder: Path, kind: str) -> list[Path]:
+    numbers = {path: path.name.removeprefix(f"{kind}-") for path in folder.glob(f"{kind}-*")}
+    numbered = [path for path, number in numbers.items() if number.isdecimal()]
+    return sorted(numbered, key=lambda path: int(numbers[path]), reverse=True)
 
 
 def _flush(path: Path) -> None:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,12 +17,17 @@ from accelerate import Accelerator
 from m2m.artifacts import write_json
 from m2m.pipelines.many_to_many import ManyToManyPipeline
 from m2m.stage_run import StageRun
+from m2m.training.acceleration import open_accelerator
 from m2m.training.encoding import pictures_of
 from m2m.training.held_out import continued, stacked, validation_loss, write_grid
-from m2m.training.loop import CHECKPOINTS, LogLine, Prepare, SetData, train
+from m2m.training.log import LogLine, best
+from m2m.training.loop import CHECKPOINTS, Prepare, SetData, train
+from m2m.training.lora import has_lora, merge_lora, save_lora
 from m2m.training.objective import Objective, SetLoss
+from m2m.training.rollouts import OwnRollouts
 from m2m.training.settings import TrainingSettings
 from m2m.training.starting import parameter_count
+from m2m.training.timesteps import TimestepSampling
 
 SAMPLE = "sample.png"
 _CURVE_POINTS = 400
@@ -45,6 +51,27 @@ class SamplePicture:
     generated: int
 
 
+def start_accelerator(settings: TrainingSettings, run: StageRun) -> Accelerator:
+    """Accelerate as the settings ask for it; trackers log beside the records of runs."""
+    return open_accelerator(settings.compute, settings.trackers, run.records / "trackers" / run.fingerprint[:12])
+
+
+def objective_of(settings: TrainingSettings, pipeline: ManyToManyPipeline, **own: Any) -> Objective:
+    """The objective that the settings ask for; `own` are those of one stage alone."""
+    return Objective(
+        settings.seed,
+        settings.timesteps,
+        settings.context_dropout,
+        num_train_timesteps=pipeline.scheduler.config["num_train_timesteps"],
+        sampling=TimestepSampling(
+            settings.timestep_sampling, settings.timestep_shift, settings.timestep_mean, settings.timestep_std
+        ),
+        dropping=settings.dropping,
+        random_context=settings.random_context,
+        **own,
+    )
+
+
 def take(
     settings: TrainingSettings,
     pipeline: ManyToManyPipeline,
@@ -57,8 +84,10 @@ def take(
 ) -> None:
     """Train the pipeline's U-Net; leave the pipeline, the log, a sample picture and figures in `run.out`.
 
-    What a killed run left is gone on with: everything after the last checkpoint is made again.
+    What a killed run left is gone on with: everything after the last checkpoint is made again. Of several processes
+    only the main one writes.
     """
+    main = accelerator.is_main_process
     loss = SetLoss(pipeline.unet, pipeline.scheduler)
 
     def validate() -> float | None:
@@ -74,6 +103,14 @@ def take(
             micro_batch=settings.micro_batch,
         )
 
+    rollouts = OwnRollouts(
+        pipeline,
+        accelerator,
+        settings.seed,
+        settings.rollout_share,
+        settings.rollout_steps,
+        settings.rollout_guidance,
+    )
     before = validate()
     log = train(
         settings,
@@ -85,18 +122,29 @@ def take(
         accelerator,
         belongs_to=run.fingerprint,
         prepare=sets.prepare,
+        validate=None if sets.held_out is None or not settings.validation_sets else validate,
+        rollouts=rollouts if settings.rollout_share else None,
         per_shard=sets.per_shard,
+        run_log=run.records / f"training-{run.fingerprint[:12]}.jsonl",
         label=run.stage.key,
     )
     after = validate()
-    save_pipeline(pipeline, run.out)
-    _draw_sample(settings, pipeline, sets, picture, accelerator, run)
+    if has_lora(pipeline.unet):
+        run.figure(trained_parameters=sum(one.numel() for one in pipeline.unet.parameters() if one.requires_grad))
+        if main:
+            save_lora(pipeline.unet, run.out)
+        merge_lora(pipeline.unet)
+    if main:
+        save_pipeline(pipeline, run.out)
+        _draw_sample(settings, pipeline, sets, picture, accelerator, run)
     run.count(sets=len(sets.training), steps=len(log))
     run.figure(started_from=started_from, parameters=parameter_count(pipeline.unet))
     _say(log, before, after, run)
     bad = [name for name, weight in pipeline.unet.state_dict().items() if not torch.isfinite(weight).all()]
     run.check("weights_finite", not bad, f"not finite: {', '.join(bad[:3])}")
-    shutil.rmtree(run.out / CHECKPOINTS, ignore_errors=True)
+    accelerator.wait_for_everyone()  # nobody reads a checkpoint any more
+    if main:
+        shutil.rmtree(run.out / CHECKPOINTS, ignore_errors=True)
 
 
 def save_pipeline(pipeline: ManyToManyPipeline, folder: Path) -> None:
@@ -148,6 +196,16 @@ def _say(log: Sequence[LogLine], before: float | None, after: float | None, run:
         validation_loss_before=before,
         validation_loss_after=after,
     )
+    validated = [line for line in log if line.validation_loss is not None]
+    if (least := best(log)) is not None:
+        run.figure(validation_loss_best=least.validation_loss, validation_loss_best_step=least.step)
+        run.curve(
+            "validation loss",
+            {
+                "step": [line.step for line in validated],
+                "validation loss": [line.validation_loss or 0.0 for line in validated],
+            },
+        )
     every = max(1, len(log) // _CURVE_POINTS)
     shown = log[every - 1 :: every]
     run.curve(

@@ -19,10 +19,9 @@ from m2m.models.unet import VARIANTS, ManyToManyUNet
 from m2m.pipelines.many_to_many import ManyToManyPipeline
 from m2m.progress import Progress
 from m2m.stage_run import StageRun
-from m2m.training.acceleration import open_accelerator
-from m2m.training.course import SamplePicture, Sets, take
+from m2m.training.course import SamplePicture, Sets, objective_of, start_accelerator, take
 from m2m.training.encoding import Encoding
-from m2m.training.objective import Objective
+from m2m.training.lora import add_lora, require_peft
 from m2m.training.settings import TrainingSettings
 from m2m.training.starting import check_start, feature_width, origin, parameter_count, unet_config
 from m2m.training.task_sets import NovelViews, Task, TaskSets, VisualProcedures
@@ -49,6 +48,13 @@ class Finetune(TrainingSettings):
     cache_in_memory: bool = Field(
         False, description="encode all images once before training and keep latents and features in memory"
     )
+    lora_rank: int | None = Field(
+        None,
+        ge=1,
+        description="train adapters of this rank on the attention (LoRA, through peft) and the condition embedders, "
+        "not all weights; merged into what is exported, and saved beside it",
+    )
+    lora_alpha: int | None = Field(None, ge=1, description="the adapters count lora_alpha / lora_rank times; 1 times")
     sample_given: int = Field(1, ge=1, description="images of a held-out set that the sample picture starts from")
     text_to_image: Annotated[str | None, Incidental()] = Field(
         None, description="what the base was made from; only a dry run looks at it, for sizes before there is a base"
@@ -61,9 +67,17 @@ class Finetune(TrainingSettings):
             raise ValueError(f"sample_given must leave images of the {self.images_per_set} in a set to generate")
         return self
 
+    @model_validator(mode="after")
+    def _together_is_by_set(self) -> "Finetune":
+        if self.drop_together and self.dropping == "image":
+            raise ValueError("drop_together drops images and condition of a set: leave dropping=set")
+        return self
+
     def preview(self, root: Path, variant: str | None) -> list[str]:
         """Open the data and build the U-Net on the meta device."""
         assert variant is not None
+        if self.lora_rank is not None:
+            require_peft()
         folder = resolve(self.data, root)
         training, held_out = (
             open_task(self, variant, folder, 64, "train"),
@@ -95,11 +109,14 @@ def finetune(config: Finetune, run: StageRun) -> None:
     Raises:
         ArtifactError: the base is not M2M-DINO, or is fine-tuned already.
         InputError: no data in the expected layout.
+        ConfigError: LoRA is asked for, and peft is not installed.
         CheckFailed: a loss is not finite.
     """
     variant, base = str(run.stage.variant), run.inputs["base"]
-    accelerator = open_accelerator(config.compute)
+    accelerator = start_accelerator(config, run)
     pipeline = conditioned_pipeline(base, CONDITIONS[variant], config.seed)
+    if config.lora_rank is not None:
+        add_lora(pipeline.unet, config.lora_rank, config.lora_alpha, config.seed)
     pipeline.to(accelerator.device)
     encoding = Encoding(pipeline, accelerator)
     size = pipeline.unet.config.sample_size * pixels_per_latent(pipeline.vae)
@@ -111,15 +128,11 @@ def finetune(config: Finetune, run: StageRun) -> None:
         for task, limit, known in zip(tasks, (config.samples, None), (kept, None))
     )
     left_out = sorted({(one.path, one.reason) for task in tasks for one in task.set_aside})
-    write_json(run.out / "set_aside.json", [{"path": path, "reason": reason} for path, reason in left_out])
+    if accelerator.is_main_process:
+        write_json(run.out / "set_aside.json", [{"path": path, "reason": reason} for path, reason in left_out])
     run.count(set_aside=len(left_out))
-    objective = Objective(
-        config.seed,
-        config.timesteps,
-        config.context_dropout,
-        config.condition_dropout,
-        config.drop_together,
-        pipeline.scheduler.config["num_train_timesteps"],
+    objective = objective_of(
+        config, pipeline, condition_dropout=config.condition_dropout, drop_together=config.drop_together
     )
     take(
         config,

@@ -4,13 +4,13 @@ Belongs here: the validation loss, the sample picture. Not here: the paper's met
 """
 
 import io
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
 
@@ -36,21 +36,28 @@ def validation_loss(
 ) -> float | None:
     """Eq. 5 on the first `sets` held-out sets under noise and timesteps that never change, with nothing dropped.
 
+    Several processes share the batches; each gets the mean of all.
+
     Returns:
         The mean over sets; None where there are none.
     """
-    steady = replace(objective, purpose="validation", context_dropout=0.0, condition_dropout=0.0)
+    steady = objective.steady("validation")
     was_training = loss.unet.training
     loss.unet.eval()
-    found = []
+    found: list[tuple[int, list[float]]] = []
     count = min(sets, len(data))
-    for at in range(0, count, micro_batch):
+    starts = range(0, count, micro_batch)
+    for at in starts[accelerator.process_index :: accelerator.num_processes]:
         samples = list(range(at, min(at + micro_batch, count)))
         ready = prepare(stacked(data, samples, accelerator.device))
         with accelerator.autocast():
-            found += batch_losses(loss, steady, ready, samples, epoch=0).tolist()
+            found.append((at, batch_losses(loss, steady, ready, samples, epoch=0).tolist()))
     loss.unet.train(was_training)
-    return float(np.mean(found)) if found else None
+    if accelerator.num_processes > 1:
+        found = gather_object(found)
+    # in the order of one process, so that the mean has its bits
+    losses = [value for _, values in sorted(found) for value in values]
+    return float(np.mean(losses)) if losses else None
 
 
 def stacked(data: SetData, samples: list[int], device: torch.device) -> Batch:

@@ -1,14 +1,13 @@
 """One training loop for pre-training and fine-tuning: AdamW, accumulated gradients, averaged weights, exact resume.
 
-Belongs here: optimisation, checkpoints at the right moments, the log. Not here: the loss, the data, the stages.
+Belongs here: optimisation, checkpoints at the right moments. Not here: the loss, the data, the stages, what stands in
+the log.
 """
 
 import contextlib
-import json
 import math
-import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,13 +25,15 @@ from m2m.training import checkpoints
 from m2m.training.acceleration import anywhere, deterministic_kernels
 from m2m.training.batches import BatchPlan
 from m2m.training.checkpoints import Checkpoint
+from m2m.training.flops import training_flops
+from m2m.training.log import LOG, LogLine, best, decoded, encoded, is_spike, skipped_in_a_row, smoothed
 from m2m.training.objective import Objective, SetLoss
+from m2m.training.run_log import RunLog
 from m2m.training.settings import TrainingSettings
+from m2m.training.stopping import STOPPED, Stop, ignore_signals
 
-LOG = "training_log.jsonl"
 CHECKPOINTS = "checkpoints"
-STOPPED = 75  # EX_TEMPFAIL: asked to stop, checkpoint written, run again to go on
-_SMOOTHING_STEPS = 50
+_SKIPS_IN_A_ROW = 10
 
 Batch = dict[str, Tensor]
 
@@ -51,16 +52,10 @@ Prepare = Callable[[Batch], Batch]
 """A stacked batch on the training device -> `latents` and, as the model needs, `features`, `condition`, `counts`."""
 
 
-@dataclass(frozen=True)
-class LogLine:
-    """What is written of one optimizer step. No times: equal trainings write equal logs."""
-
-    step: int
-    epoch: int
-    loss: float
-    smoothed: float
-    lr: float
-    grad_norm: float
+Rollouts = Callable[[Batch, Sequence[int], int], Batch]
+"""A prepared batch, its samples and their epoch -> the batch with preceding images of the model's own."""
+Validate = Callable[[], float | None]
+"""The validation loss of the U-Net as it stands; every process calls it at the same step."""
 
 
 def train(
@@ -74,10 +69,13 @@ def train(
     *,
     belongs_to: str,
     prepare: Prepare = dict,
+    validate: Validate | None = None,
+    rollouts: Rollouts | None = None,
     per_shard: int | None = None,
+    run_log: Path | None = None,
     label: str = "train",
 ) -> list[LogLine]:
-    """Train the U-Net of `loss`; it is left with the averaged weights, on the accelerator's device.
+    """Train the U-Net of `loss`; it is left with the averaged weights (the last or the best), on its device.
 
     Goes on from the newest good checkpoint below `out/checkpoints`; killed and gone on with equals uninterrupted,
     bit for bit on the same kind of device and number of processes.
@@ -86,22 +84,27 @@ def train(
         out: gets `training_log.jsonl`; its checkpoints are the caller's to delete.
         belongs_to: identity of the settings; checkpoints of others are not picked up.
         prepare: what the models make of a batch (encoding), if the data is not ready for the U-Net.
+        validate: called every `validate_every` steps with the averaged weights in the U-Net.
+        rollouts: called with every prepared micro-batch.
         per_shard: sets that lie in one file, for the order of reading; None: all are equally near.
+        run_log: gets speed and memory, which are no part of the output.
 
     Returns:
         The log of all steps, those before a resume included.
 
     Raises:
         InputError: no sets.
-        ConfigError: fewer sets in a batch than processes.
-        CheckFailed: a loss or gradient is not finite; names the samples.
-        SystemExit: 75 after SIGTERM, with a checkpoint written.
+        ConfigError: fewer sets in a batch than processes; the best weights are asked for and nothing is held out.
+        CheckFailed: a loss or gradient is not finite, or the loss leaps; names the samples.
+        SystemExit: 75 after SIGTERM or SIGUSR1, with a checkpoint written.
     """
     if not len(data):
         raise InputError(f"{label}: there are no sets to train on")
+    if validate is None and settings.export == "best":
+        raise ConfigError(f"{label}: export=best takes a validation loss, and there are no validation sets")
     if settings.batch < accelerator.num_processes:
         raise ConfigError(f"batch is {settings.batch}: fewer sets than the {accelerator.num_processes} processes")
-    trainer = _Trainer(settings, loss, objective, data, prepare, accelerator, label)
+    trainer = _Trainer(settings, loss, objective, data, prepare, validate, rollouts, accelerator, label)
     folder = out / CHECKPOINTS
     found = checkpoints.load_newest(folder, belongs_to, progress.log)
     if found is not None:
@@ -111,14 +114,18 @@ def train(
     main = accelerator.is_main_process
     steps, log = trainer.run(plan), None
     if main:
-        write_bytes(out / LOG, trainer.encoded_log())
+        write_bytes(out / LOG, encoded(trainer.log))
         log = (out / LOG).open("a", encoding="utf-8")
         steps = progress.each(steps, total=plan.steps - len(trainer.log), unit="step", label=label)
-    with _Stop() as stop, deterministic_kernels(accelerator.device), log or contextlib.nullcontext():
-        for line in steps:
+    speed = RunLog(settings, accelerator, run_log, trainer.flops, belongs_to[:16])
+    with Stop() as stop, speed, deterministic_kernels(accelerator.device), log or contextlib.nullcontext():
+        for line, sets, seconds in steps:
+            speed.add(line, sets, seconds, last=line.step == plan.steps)
             if log is not None:
-                log.write(_encoded(line))
+                log.write(line.encoded())
                 log.flush()
+            if main and line.validation_loss is not None and best(trainer.log) is line:
+                checkpoints.save_best(folder, trainer.averaged(belongs_to))
             stopping = anywhere(accelerator, stop.asked)
             if stopping or line.step % settings.checkpoint_every == 0 or line.step == plan.steps:
                 if main:
@@ -127,6 +134,14 @@ def train(
             if stopping and line.step < plan.steps:
                 progress.log(f"{label}: asked to stop; goes on after step {line.step:,} when run again")
                 raise SystemExit(STOPPED)
+    if said := speed.said():
+        progress.log(f"{label}: {said}")
+    if settings.export == "best":
+        found = checkpoints.load_best(folder, belongs_to, progress.log)
+        if found is None:
+            raise CheckFailed(f"{folder}: no whole checkpoint of the best weights; take export=last, or train again")
+        trainer.adopt(found)
+        progress.log(f"{label}: the weights after step {found.step:,} are the best")
     trainer.adopt_average()
     return trainer.log
 
@@ -141,60 +156,74 @@ class _Trainer:
         objective: Objective,
         data: SetData,
         prepare: Prepare,
+        validate: Validate | None,
+        rollouts: Rollouts | None,
         accelerator: Accelerator,
         label: str,
     ) -> None:
         self.settings, self.objective, self.label = settings, objective, label
         self.data, self.prepare, self.accelerator = data, prepare, accelerator
+        self.validate, self.rollouts = validate, rollouts
         self.unet = loss.unet
         if settings.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         # evaluation_mode: no DDP wrapper. Which weights get gradients changes with the dropped contexts, and
         # gradients are summed over processes once a step, after accumulation
         self.loss = accelerator.prepare_model(loss, evaluation_mode=True)
-        self.weights = dict(self.unet.named_parameters())
+        self.weights = {name: weight for name, weight in self.unet.named_parameters() if weight.requires_grad}
+        self.frozen = {name for name, weight in self.unet.named_parameters() if not weight.requires_grad}
         self.average = EMAModel(self.weights.values(), decay=settings.ema_decay)
         self.optimizer = torch.optim.AdamW(
             self.weights.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
         self.log: list[LogLine] = []
+        self._shapes: dict[str, Sequence[int]] = {}
 
-    def run(self, plan: BatchPlan) -> Iterator[LogLine]:
-        """The steps after those already done."""
+    def run(self, plan: BatchPlan) -> Iterator[tuple[LogLine, int, float]]:
+        """The steps after those already done, each with its sets and seconds (without its validation)."""
         start = len(self.log)
         micro_batches = iter(
             DataLoader(
                 self.data,  # type: ignore[arg-type]
                 batch_sampler=plan.reading_order(start),  # type: ignore[arg-type]
                 num_workers=self.settings.workers,
-                worker_init_fn=_ignore_signals,
+                worker_init_fn=ignore_signals,
                 pin_memory=self.accelerator.device.type == "cuda",
                 generator=torch.Generator().manual_seed(0),  # its draws reach no result; leaves the global one alone
             )
         )
         self.unet.train()
         for step, epoch, batch in plan.batches(start):
+            began = time.monotonic()
             self._seed_layers(step)
             total = torch.zeros((), device=self.accelerator.device)
             for _ in plan.micro_batches(batch):
                 total += self._accumulate(next(micro_batches), epoch, len(batch))
             value = self.accelerator.reduce(total, "sum").item()  # type: ignore[union-attr]
             if not math.isfinite(value):
-                raise self._not_finite("loss", value, step, batch)
+                raise self._stopped(f"the loss of step {step:,} is {value}", batch)
+            skip = is_spike(self.log, value, self.settings.spike_factor)
+            if skip and (self.settings.on_spike == "stop" or skipped_in_a_row(self.log) == _SKIPS_IN_A_ROW):
+                smooth = self.log[-1].smoothed
+                raise self._stopped(f"the loss of step {step:,} is {value:.4g} after a smoothed {smooth:.4g}", batch)
             rate = self.settings.learning_rate * min(1.0, step / max(1, self.settings.warmup_steps))
-            norm = self._update(rate)
+            norm = self._update(rate, skip)
             if not math.isfinite(norm):
-                raise self._not_finite("gradient norm", norm, step, batch)
-            before = self.log[-1].smoothed if self.log else value
-            smoothed = before + (value - before) * max(1 / step, 1 / _SMOOTHING_STEPS)
-            self.log.append(LogLine(step, epoch, value, smoothed, rate, norm))
-            yield self.log[-1]
+                raise self._stopped(f"the gradient norm of step {step:,} is {norm}", batch)
+            seconds = time.monotonic() - began
+            smooth = self.log[-1].smoothed if skip else smoothed(self.log, value)
+            validated = self._validated(step, plan.steps)
+            self.log.append(LogLine(step, epoch, value, smooth, rate, norm, skip, validated))
+            yield self.log[-1], len(batch), seconds
 
     def _accumulate(self, micro: Batch, epoch: int, batch: int) -> Tensor:
         """Add a micro-batch's gradients; returns its part of the batch's mean loss."""
         device = self.accelerator.device
         samples = micro["sample"].tolist()
         ready = self.prepare({name: tensor.to(device, non_blocking=True) for name, tensor in micro.items()})
+        if self.rollouts is not None:
+            ready = self.rollouts(ready, samples, epoch)
+        self._shapes = {name: ready[name].shape[1:] for name in ("latents", "features", "condition") if name in ready}
         losses = batch_losses(self.loss, self.objective, ready, samples, epoch)
         # by the batch's size, not the micro-batch's: the last micro-batch may be smaller
         part = losses.sum() / batch
@@ -202,8 +231,12 @@ class _Trainer:
             self.accelerator.backward(part)
         return part.detach()
 
-    def _update(self, rate: float) -> float:
-        """One optimizer step from the gradients of all processes; returns their norm before clipping."""
+    def flops(self) -> int:
+        """Operations of one set like the last one trained on."""
+        return training_flops(self.unet, self._shapes)
+
+    def _update(self, rate: float, skip: bool) -> float:
+        """One optimizer step, or none, from the gradients of all processes; returns their norm before clipping."""
         weights = list(self.weights.values())
         for weight in weights:
             if weight.grad is None:  # all contexts dropped: a zero like any other, on every split into micro-batches
@@ -211,7 +244,7 @@ class _Trainer:
             if self.accelerator.num_processes > 1:
                 weight.grad = self.accelerator.reduce(weight.grad, "sum")  # type: ignore[assignment]
         norm = float(torch.nn.utils.clip_grad_norm_(weights, self.settings.gradient_clip))
-        if math.isfinite(norm):
+        if math.isfinite(norm) and not skip:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
@@ -225,9 +258,21 @@ class _Trainer:
         drawn = keyed_generator(namespaced(self.settings.seed, "layers"), *key)
         torch.manual_seed(int(drawn.integers(2**32)))
 
-    def _not_finite(self, what: str, value: float, step: int, batch: Sequence[int]) -> CheckFailed:
+    def _validated(self, step: int, steps: int) -> float | None:
+        """The validation loss of the averaged weights, where it is this step's turn."""
+        every = self.settings.validate_every
+        if self.validate is None or every is None or (step % every and step != steps):
+            return None
+        weights = list(self.weights.values())
+        self.average.store(weights)
+        self.average.copy_to(weights)
+        found = self.validate()
+        self.average.restore(weights)
+        return found
+
+    def _stopped(self, why: str, batch: Sequence[int]) -> CheckFailed:
         return CheckFailed(
-            f"{self.label}: the {what} of step {step:,} is {value}; its samples: {', '.join(map(str, batch))}. "
+            f"{self.label}: {why}; its samples: {', '.join(map(str, batch))}. "
             "Look at these sets (`python -m m2m shards show`), or lower learning_rate"
         )
 
@@ -239,18 +284,28 @@ class _Trainer:
             for key in ("exp_avg", "exp_avg_sq", "step")
         }
         tensors = {
-            "unet": dict(self.unet.state_dict()),
+            "unet": {name: tensor for name, tensor in self.unet.state_dict().items() if name not in self.frozen},
             "average": dict(zip(self.weights, self.average.shadow_params)),
             "optimizer": moments,
         }
         numbers = {"average_steps": self.average.optimization_step}
-        return Checkpoint(len(self.log), tensors, self.encoded_log().decode(), belongs_to, numbers)
+        return Checkpoint(len(self.log), tensors, encoded(self.log).decode(), belongs_to, numbers)
+
+    def averaged(self, belongs_to: str) -> Checkpoint:
+        """The averaged weights alone, to be written: what would be exported now."""
+        tensors = {"average": dict(zip(self.weights, self.average.shadow_params))}
+        return Checkpoint(len(self.log), tensors, belongs_to=belongs_to)
+
+    def adopt(self, found: Checkpoint) -> None:
+        """Take the averaged weights of a checkpoint."""
+        device = self.accelerator.device
+        self.average.shadow_params = [found.tensors["average"][name].to(device) for name in self.weights]
 
     def restore(self, found: Checkpoint) -> None:
         """Take the state of a checkpoint."""
-        device = self.accelerator.device
-        self.unet.load_state_dict(dict(found.tensors["unet"]))
-        self.average.shadow_params = [found.tensors["average"][name].to(device) for name in self.weights]
+        frozen = {name: tensor for name, tensor in self.unet.state_dict().items() if name in self.frozen}
+        self.unet.load_state_dict({**frozen, **found.tensors["unet"]})
+        self.adopt(found)
         self.average.optimization_step = found.numbers["average_steps"]
         moments = found.tensors["optimizer"]
         states: dict[int, Any] = {
@@ -260,51 +315,17 @@ class _Trainer:
         self.optimizer.load_state_dict(
             {"state": states, "param_groups": self.optimizer.state_dict()["param_groups"]}  # rates are set at each step
         )
-        self.log = [LogLine(**json.loads(line)) for line in found.log.splitlines()]
+        self.log = decoded(found.log)
 
     def adopt_average(self) -> None:
         """Put the averaged weights into the U-Net."""
         self.average.copy_to(self.weights.values())
         self.unet.eval()
 
-    def encoded_log(self) -> bytes:
-        return "".join(map(_encoded, self.log)).encode()
-
 
 def batch_losses(loss: Any, objective: Objective, ready: Batch, samples: Sequence[int], epoch: int) -> Tensor:
     """(B,) losses of a prepared batch under its own keyed draws."""
     latents = ready["latents"]
     draws = objective.draw(samples, epoch, latents.shape[1:]).to(latents.device)
-    extra = {name: ready[name] for name in ("features", "condition", "counts") if name in ready}
+    extra = {name: ready[name] for name in ("context", "features", "condition", "counts") if name in ready}
     return loss(latents, draws, **extra)
-
-
-def _encoded(line: LogLine) -> str:
-    return json.dumps(vars(line)) + "\n"
-
-
-def _ignore_signals(worker: int) -> None:
-    # a cluster's SIGTERM reaches data workers too: the trainer still needs them to end its step
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-class _Stop:
-    """SIGTERM is remembered instead of obeyed, so that the step in progress ends whole."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._previous: Any = None
-
-    def __enter__(self) -> "_Stop":
-        try:
-            self._previous = signal.signal(signal.SIGTERM, self._remember)
-        except ValueError:  # not the main thread: whoever owns it takes care of signals
-            self._previous = None
-        return self
-
-    def _remember(self, number: int, frame: object) -> None:
-        self.asked = True
-
-    def __exit__(self, *exc: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)

@@ -4,9 +4,10 @@ Belongs here: noise, timesteps, what is dropped, the loss. Not here: where sets 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from m2m.errors import InputError
 from m2m.generation.noise import keyed_generator, keyed_normal, namespaced
 from m2m.models.unet import ManyToManyUNet
+from m2m.training.timesteps import TimestepSampling
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,14 @@ class Draws:
 
     noise: Tensor  # (B, N, C, h, w) float32
     timesteps: Tensor  # (B, N) int64
-    keep_context: Tensor  # (B,) bool; False: the set's images see no preceding images
+    keep_context: Tensor  # (B,) or (B, N) bool; False: the set's images, or the image, see no preceding images
     keep_condition: Tensor  # (B,) bool; False: the set's images see no camera or position
+    reads: Tensor | None = None  # (B, N, N - 1) bool: which preceding images each image sees; None: all
+    clean_noise: Tensor | None = None  # (B, N - 1, C, h, w) float32, of preceding images; None: they are clean
+    clean_timesteps: Tensor | None = None  # (B, N - 1) int64, how much of it
 
     def to(self, device: torch.device) -> "Draws":
-        return Draws(*(tensor.to(device) for tensor in vars(self).values()))
+        return replace(self, **{name: one.to(device) for name, one in vars(self).items() if one is not None})
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,15 @@ class Objective:
     """Who is noised how much and who sees what; a function of (seed, epoch, sample) alone.
 
     So no result depends on how samples are spread over batches, ranks or workers.
+
+    Args:
+        timesteps: one for each image, or one for all images of a set.
+        sampling: which timesteps, how often.
+        dropping: whether contexts are dropped by set or by image.
+        random_context: image i sees so many of the i - 1 images before it, the nearest ones, as a context window
+            of a size drawn from 1 to i - 1 would show it.
+        context_noise: M2M-Self's preceding images are noised up to this timestep, each to its own, which its clean
+            stream is told (conditioning augmentation; Ho et al. 2022, arXiv:2106.15282, section 3). 0: clean.
     """
 
     seed: int
@@ -43,6 +57,15 @@ class Objective:
     drop_together: bool = False
     num_train_timesteps: int = 1000
     purpose: str = "training"
+    sampling: TimestepSampling = field(default_factory=TimestepSampling)
+    dropping: Literal["set", "image"] = "set"
+    random_context: bool = False
+    context_noise: int = 0
+
+    def steady(self, purpose: str) -> "Objective":
+        """The paper's objective under draws of another purpose, with nothing dropped: to compare trainings by."""
+        plain = Objective(self.seed, self.timesteps, context_dropout=0.0, condition_dropout=0.0)
+        return replace(plain, num_train_timesteps=self.num_train_timesteps, purpose=purpose)
 
     def draw(self, samples: Sequence[int], epoch: int, shape: Sequence[int]) -> Draws:
         """The draws of a batch.
@@ -54,15 +77,49 @@ class Objective:
         images = shape[0]
         steps, contexts, conditions, noises = [], [], [], []
         for sample in samples:
-            drawn = keyed_generator(namespaced(self.seed, f"{self.purpose}: timesteps and dropout"), epoch, sample)
+            drawn = self._stream("timesteps and dropout", epoch, sample)
             # always both numbers, so that a setting of one kind of dropout leaves all other draws as they are
             context, condition = drawn.random(2)
-            contexts.append(context >= self.context_dropout)
+            if self.dropping == "image":
+                contexts.append(self._stream("dropped images", epoch, sample).random(images) >= self.context_dropout)
+            else:
+                contexts.append(context >= self.context_dropout)
             conditions.append((context if self.drop_together else condition) >= self.condition_dropout)
             count = images if self.timesteps == "image" else 1
-            steps.append(torch.from_numpy(drawn.integers(0, self.num_train_timesteps, count)).expand(images))
-            noises.append(keyed_normal(namespaced(self.seed, f"{self.purpose}: noise"), epoch, sample, shape=shape))
-        return Draws(torch.stack(noises), torch.stack(steps), torch.tensor(contexts), torch.tensor(conditions))
+            own = self.sampling.draw(drawn, count, self.num_train_timesteps)
+            steps.append(torch.from_numpy(own).expand(images))
+            noises.append(keyed_normal(self._namespace("noise"), epoch, sample, shape=shape))
+        draws = Draws(
+            torch.stack(noises), torch.stack(steps), torch.from_numpy(np.array(contexts)), torch.tensor(conditions)
+        )
+        if self.random_context:
+            draws = replace(draws, reads=torch.stack([self._reads(epoch, sample, images) for sample in samples]))
+        if self.context_noise:
+            draws = replace(draws, **self._context_noise(epoch, samples, shape))
+        return draws
+
+    def _reads(self, epoch: int, sample: int, images: int) -> Tensor:
+        """(N, N - 1) bool: of the i images before image i (from 0), the nearest so many."""
+        drawn = self._stream("random contexts", epoch, sample)
+        before = np.arange(images)
+        counts = drawn.integers(np.minimum(1, before), before + 1)  # of the first image, none
+        other = np.arange(images - 1)
+        return torch.from_numpy((other < before[:, None]) & (other >= (before - counts)[:, None]))
+
+    def _context_noise(self, epoch: int, samples: Sequence[int], shape: Sequence[int]) -> dict[str, Tensor]:
+        own = (shape[0] - 1, *shape[1:])
+        noise = [keyed_normal(self._namespace("context noise"), epoch, sample, shape=own) for sample in samples]
+        steps = [
+            self._stream("context timesteps", epoch, sample).integers(0, self.context_noise + 1, own[0])
+            for sample in samples
+        ]
+        return {"clean_noise": torch.stack(noise), "clean_timesteps": torch.from_numpy(np.stack(steps))}
+
+    def _namespace(self, what: str) -> int:
+        return namespaced(self.seed, f"{self.purpose}: {what}")
+
+    def _stream(self, what: str, epoch: int, sample: int) -> np.random.Generator:
+        return keyed_generator(self._namespace(what), epoch, sample)
 
 
 class SetLoss(nn.Module):
@@ -90,6 +147,7 @@ class SetLoss(nn.Module):
         latents: Tensor,
         draws: Draws,
         *,
+        context: Tensor | None = None,
         features: Tensor | None = None,
         condition: Tensor | None = None,
         counts: Tensor | None = None,
@@ -98,6 +156,7 @@ class SetLoss(nn.Module):
 
         Args:
             latents: clean latents (B, N, C, h, w).
+            context: what M2M-Self reads instead of them, (B, N-1, C, h, w); the targets stay `latents`.
             features: DINO features of the preceding images (B, N-1, S, D), for M2M-DINO.
             condition: (B, N, P) camera poses or step positions, for fine-tuned models.
             counts: (B,) true images of each set where short sets are padded at their end: as no image sees a later
@@ -112,12 +171,19 @@ class SetLoss(nn.Module):
             draws.noise.flatten(0, 1),
             draws.timesteps.flatten(),  # type: ignore[arg-type]
         ).unflatten(0, (sets, images))
+        clean = None
+        if self.unet.variant == "self":
+            clean = self._noised_context(latents[:, :-1] if context is None else context, draws)
+        keep = draws.keep_context
+        if draws.reads is not None:
+            keep = draws.reads & keep.view(sets, -1, 1)
         predicted = self.unet.training_forward(
             noisy,
             draws.timesteps,
-            clean=latents if self.unet.variant == "self" else None,
+            clean=clean,
+            clean_timesteps=draws.clean_timesteps,
             features=features,
-            keep_context=draws.keep_context,
+            keep_context=keep,
             condition=condition,
             keep_condition=None if condition is None else draws.keep_condition,
         )
@@ -126,3 +192,12 @@ class SetLoss(nn.Module):
             return errors.mean(1)
         there = torch.arange(images, device=counts.device) < counts[:, None]
         return (errors * there).sum(1) / counts
+
+    def _noised_context(self, clean: Tensor, draws: Draws) -> Tensor:
+        if draws.clean_noise is None or draws.clean_timesteps is None:
+            return clean
+        times = draws.clean_timesteps.flatten()
+        noised = self.schedule.add_noise(clean.flatten(0, 1), draws.clean_noise.flatten(0, 1), times)  # type: ignore[arg-type]
+        # at timestep 0 the schedule noises a little already; sampling reads truly clean images there
+        there = draws.clean_timesteps[..., None, None, None] > 0
+        return torch.where(there, noised.unflatten(0, clean.shape[:2]), clean)

@@ -18,10 +18,8 @@ from m2m.models.text_to_image import load_ddim, load_dino, load_vae
 from m2m.models.unet import VARIANTS, ManyToManyUNet
 from m2m.pipelines.many_to_many import ManyToManyPipeline
 from m2m.stage_run import StageRun
-from m2m.training.acceleration import open_accelerator
-from m2m.training.course import SamplePicture, Sets, take
+from m2m.training.course import SamplePicture, Sets, objective_of, start_accelerator, take
 from m2m.training.encoding import Encoding
-from m2m.training.objective import Objective
 from m2m.training.settings import TrainingSettings
 from m2m.training.starting import (
     check_start,
@@ -68,12 +66,25 @@ class Pretrain(TrainingSettings):
     dropped_context: Literal["empty", "zeroed"] = Field(
         "empty", description="M2M-Self: a dropped context is no image at all, or (the paper's words) latents of zeros"
     )
+    context_noise: int = Field(
+        0,
+        ge=0,
+        description="M2M-Self: preceding images are noised up to this timestep, and the clean stream is told; 0: clean",
+    )
     sample_images: int = Field(4, ge=1, description="images generated for each set of the sample picture")
 
     @model_validator(mode="after")
     def _timesteps_fit(self) -> "Pretrain":
         if self.clean_timestep is None and self.timesteps == "image":
             raise ValueError("clean_timestep=None gives clean images the set's timestep: set timesteps=set")
+        if self.context_noise and self.clean_timestep != 0:
+            raise ValueError("context_noise tells clean images their own timestep: leave clean_timestep at 0")
+        return self
+
+    @model_validator(mode="after")
+    def _zeros_are_for_whole_sets(self) -> "Pretrain":
+        if self.dropped_context == "zeroed" and (self.dropping == "image" or self.random_context):
+            raise ValueError("dropped_context=zeroed drops whole sets: leave dropping=set and random_context off")
         return self
 
     def preview(self, root: Path, variant: str | None) -> list[str]:
@@ -110,7 +121,7 @@ def pretrain(config: Pretrain, run: StageRun) -> None:
         CheckFailed: a loss is not finite.
     """
     variant, root = str(run.stage.variant), run.profile.root
-    accelerator = open_accelerator(config.compute)
+    accelerator = start_accelerator(config, run)
     pipeline, started_from = _starting_pipeline(config, variant, root)
     pipeline.to(accelerator.device)
     cached = variant == "dino" and config.features == "cache"
@@ -130,12 +141,7 @@ def pretrain(config: Pretrain, run: StageRun) -> None:
     held_out = _held_out(config, run.inputs["sets"])
     if held_out is None:
         run.progress.log(f"{run.stage.key}: no validation sets: no validation loss and no sample picture")
-    objective = Objective(
-        config.seed,
-        config.timesteps,
-        config.context_dropout,
-        num_train_timesteps=pipeline.scheduler.config["num_train_timesteps"],
-    )
+    objective = objective_of(config, pipeline, context_noise=config.context_noise)
     take(
         config,
         pipeline,
@@ -207,8 +213,13 @@ def _check_fit(config: Pretrain, run: StageRun, training: MisSets, pipeline: Man
     """What would otherwise fail deep inside the first step.
 
     Raises:
-        ConfigError: latents or cached features of another model than is trained.
+        ConfigError: latents or cached features of another model than is trained, or a setting of the other variant.
     """
+    if config.context_noise and pipeline.unet.variant == "dino":
+        raise ConfigError("context_noise is for M2M-Self: DINO features have no timestep. Leave it at 0")
+    if config.context_noise >= pipeline.scheduler.config["num_train_timesteps"]:
+        count = pipeline.scheduler.config["num_train_timesteps"]
+        raise ConfigError(f"context_noise={config.context_noise}: the noise schedule has timesteps 0 to {count - 1}")
     channels, _, _ = training.sets.sets.latent_shape
     unet = pipeline.unet
     if channels != unet.config.in_channels:

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from m2m.artifacts import record_files
 from m2m.data.objaverse import ObjaverseViews, relative_poses
 from m2m.data.vgsi import Procedures
-from m2m.errors import ArtifactError
+from m2m.errors import ArtifactError, ConfigError
 from m2m.generation.noise import keyed_generator
 from m2m.pipelines.many_to_many import load_pipeline
 from m2m.training.finetune import Finetune, conditioned_pipeline, finetune
@@ -127,6 +129,60 @@ def test_images_kept_in_memory_train_the_same(base, objects, start_run, quick):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_lora_leaves_a_plain_pipeline_and_its_adapter_beside(base, objects, start_run, quick):
+    pytest.importorskip("peft")
+    settings = Finetune.model_validate(
+        {**quick, "data": str(objects), "lora_rank": 2, "lora_alpha": 6, "sample_sets": 0, "cache_in_memory": True}
+    )
+    run = start_run("finetune@nvs", {"base": base})
+    finetune(settings, run)
+    exported, before = load_pipeline(run.out, "dino").unet.state_dict(), load_pipeline(base, "dino").unet.state_dict()
+    adapter = load_file(run.out / "lora" / "pytorch_lora_weights.safetensors")
+    adapted = {name.removesuffix(".lora_A.weight") for name in adapter if name.endswith(".lora_A.weight")}
+    assert any(name.endswith("attn1.to_q") for name in adapted) and any(name.endswith("attn2.to_v") for name in adapted)
+    for name, weight in before.items():
+        part = name.removesuffix(".weight")
+        if part in adapted:
+            product = adapter[f"{part}.lora_B.weight"] @ adapter[f"{part}.lora_A.weight"]
+            assert product.any(), "was trained"
+            assert torch.allclose(exported[name], weight + 3.0 * product, atol=1e-6), name
+        else:
+            assert torch.equal(exported[name], weight), name
+    heads = [weight for name, weight in exported.items() if name.startswith("condition_embedder.heads")]
+    assert heads and all(weight.any() for weight in heads if weight.ndim > 1), "the condition embedder is trained whole"
+    trained = run.summary["figures"]["trained_parameters"]
+    assert trained == sum(map(torch.numel, adapter.values())) + sum(
+        weight.numel() for name, weight in exported.items() if "condition_embedder." in name
+    )
+
+
+def test_a_lora_training_goes_on_exactly(base, objects, start_run, quick, monkeypatch):
+    pytest.importorskip("peft")
+    settings = Finetune.model_validate(
+        {**quick, "data": str(objects), "lora_rank": 2, "sample_sets": 0, "validation_sets": 0, "epochs": 3}
+    )
+    whole, killed = (start_run("finetune@nvs", {"base": base}, name) for name in ("whole", "killed"))
+    finetune(settings, whole)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("m2m.training.course.save_lora", _killed)
+        finetune(settings.model_copy(update={"steps": 2}), killed)
+    (small,) = (killed.out / "checkpoints").glob("step-000002/unet.safetensors")
+    assert not any("base_layer" in name for name in load_file(small)), "frozen weights need no checkpoint"
+    finetune(settings, killed)
+    assert record_files(whole.out) == record_files(killed.out)
+
+
+def test_images_and_condition_dropped_together_are_so_by_set(objects):
+    with pytest.raises(ValueError, match="leave dropping=set"):
+        Finetune.model_validate({"data": str(objects), "drop_together": True, "dropping": "image"})
+
+
+def test_peft_is_asked_for_by_name_where_it_is_missing(objects, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"lora_rank is set.*pip install peft"):
+        Finetune.model_validate({"data": str(objects), "lora_rank": 4}).preview(tmp_path, "nvs")
+
+
 def test_only_a_base_of_m2m_dino_can_be_fine_tuned(base, image_sets, models, quick, start_run, tmp_path):
     with pytest.raises(ArtifactError, match="no trained model here"):
         conditioned_pipeline(tmp_path / "nowhere", "camera", 0)
@@ -143,6 +199,10 @@ def test_preview_opens_the_data(objects, procedures, models, tmp_path):
     said = Finetune.model_validate({"data": str(procedures), **known}).preview(tmp_path, "vgsi")
     assert said[0] == "3 procedures to train on, 3 held out, 1 set aside"
     assert "with a position embedder" in said[1]
+
+
+def _killed(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _picture(path, drawn: np.random.Generator) -> None:

@@ -1,5 +1,8 @@
 """The objective: Eq. 5 against its definition, and draws that depend on (seed, epoch, sample) alone."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -8,6 +11,7 @@ from hypothesis import strategies as st
 
 from m2m.errors import InputError
 from m2m.training.objective import Draws, Objective, SetLoss
+from m2m.training.timesteps import TimestepSampling
 from tests.training.toy import FEATURES, toy_unet
 
 SHAPE = (3, 4, 8, 8)
@@ -16,7 +20,9 @@ SHAPE = (3, 4, 8, 8)
 @settings(max_examples=20, deadline=None)
 @given(samples=st.lists(st.integers(0, 2**40), min_size=1, max_size=6), epoch=st.integers(0, 9))
 def test_a_samples_draws_do_not_depend_on_its_batch(samples, epoch):
-    objective = Objective(seed=1, context_dropout=0.5, condition_dropout=0.5)
+    objective = Objective(
+        seed=1, context_dropout=0.5, condition_dropout=0.5, dropping="image", random_context=True, context_noise=99
+    )
     together = objective.draw(samples, epoch, SHAPE)
     for place, sample in enumerate(samples):
         alone = objective.draw([sample], epoch, SHAPE)
@@ -65,6 +71,107 @@ def test_a_dropout_setting_leaves_the_other_draws_as_they_are():
     assert torch.equal(some.timesteps, more.timesteps) and torch.equal(some.noise, more.noise)
 
 
+@pytest.mark.parametrize(
+    ("sampling", "cumulative"),
+    [
+        (TimestepSampling("shifted", shift=3.0), lambda share: share / (3 - 2 * share)),
+        (
+            TimestepSampling("logit_normal", mean=1.0, std=0.5),
+            lambda share: 0.5 * (1 + math.erf((math.log(share / (1 - share)) - 1.0) / (0.5 * math.sqrt(2)))),
+        ),
+    ],
+    ids=["shifted", "logit_normal"],
+)
+def test_timesteps_are_skewed_to_high_noise_as_the_formula_says(sampling, cumulative):
+    """Against the distribution functions, solved by hand."""
+    drawn = _many(Objective(seed=0, sampling=sampling)).timesteps.flatten()
+    assert drawn.dtype == torch.int64 and drawn.min() >= 0 and drawn.max() <= 999
+    assert drawn.float().mean() > 600
+    for timestep in (200, 500, 800, 900):
+        found = float((drawn < timestep).float().mean())
+        assert found == pytest.approx(cumulative(timestep / 1000), abs=0.02), timestep
+
+
+def test_a_switch_leaves_the_other_draws_as_they_are():
+    plain = Objective(seed=0).draw(range(5), 0, SHAPE)
+    switched = Objective(seed=0, dropping="image", random_context=True, context_noise=99).draw(range(5), 0, SHAPE)
+    assert torch.equal(plain.noise, switched.noise) and torch.equal(plain.timesteps, switched.timesteps)
+    assert plain.reads is None and plain.clean_noise is None and plain.clean_timesteps is None
+
+
+def test_contexts_dropped_by_image_are_so_one_by_one():
+    keep = _many(Objective(seed=0, context_dropout=0.3, dropping="image")).keep_context
+    assert keep.shape == (4000, 2)
+    first, second = ~keep[:, 0], ~keep[:, 1]
+    assert second.float().mean() == pytest.approx(0.3, abs=0.03)
+    assert (first & second).float().mean() == pytest.approx(0.09, abs=0.02)
+
+
+def test_random_contexts_are_the_nearest_images_and_all_counts_are_as_frequent():
+    draws = Objective(seed=0, random_context=True).draw(range(2000), 0, (5, 1, 1, 1))
+    assert draws.reads is not None and draws.reads.shape == (2000, 5, 4)
+    for image in range(5):
+        read = draws.reads[:, image]
+        assert not read[:, image:].any(), "no image reads itself or a later one"
+        counts = read.sum(1)
+        for place in range(image):  # the nearest ones: nothing left out between
+            assert torch.equal(read[:, place], counts >= image - place)
+        for count in range(1, image + 1):
+            assert (counts == count).float().mean() == pytest.approx(1 / image, abs=0.05)
+
+
+@pytest.mark.parametrize("variant", ["self", "dino"])
+@torch.no_grad()
+def test_a_random_context_is_what_a_window_of_its_size_shows(variant):
+    unet, schedule = toy_unet(variant).eval(), DDPMScheduler()
+    latents, features = torch.randn(2, 4, 4, 8, 8), torch.randn(2, 3, 5, FEATURES)
+    given = {"features": features} if variant == "dino" else {}
+    draws = Objective(seed=3, context_dropout=0.0, random_context=True).draw([0, 1], 0, latents.shape[1:])
+    draws = replace(draws, keep_context=torch.tensor([True, False]))
+    found = SetLoss(unet, schedule)(latents, draws, **given)
+    assert draws.reads is not None
+    counts = draws.reads.sum(2)
+    assert (counts[0, 1:] < torch.tensor([1, 2, 3])).any(), "a draw that leaves something out"
+    read = features if variant == "dino" else latents
+    share = schedule.alphas_cumprod[draws.timesteps][..., None, None, None]
+    noisy = share.sqrt() * latents + (1 - share).sqrt() * draws.noise
+    for place in range(2):
+        errors = []
+        for image in range(4):
+            count = int(counts[place, image]) if draws.keep_context[place] else 0
+            context = unet.encode_context(read[place : place + 1, image - count : image]) if count else None
+            predicted = unet.denoise(noisy[place, image][None], int(draws.timesteps[place, image]), context)[0]
+            errors.append((predicted - draws.noise[place, image]).square().mean())
+        assert float(found[place]) == pytest.approx(float(torch.stack(errors).mean()), rel=1e-4)
+
+
+def test_context_noise_reaches_every_timestep_up_to_its_own():
+    draws = Objective(seed=0, context_noise=3).draw(range(2000), 0, (4, 1, 1, 1))
+    assert draws.clean_timesteps is not None and draws.clean_noise is not None
+    assert draws.clean_noise.shape == (2000, 3, 1, 1, 1) and draws.clean_timesteps.shape == (2000, 3)
+    for timestep in range(4):
+        assert (draws.clean_timesteps == timestep).float().mean() == pytest.approx(0.25, abs=0.02)
+
+
+@torch.no_grad()
+def test_noised_context_is_read_with_its_own_timestep_and_targets_stay_clean():
+    """Against M2M-Self models whose fixed clean timestep is that of the noise."""
+    schedule, latents = DDPMScheduler(), torch.randn(1, 2, 4, 8, 8)
+    draws = Objective(seed=3, context_dropout=0.0, context_noise=300).draw([5], 0, latents.shape[1:])
+    assert draws.clean_timesteps is not None and draws.clean_noise is not None
+    timestep = int(draws.clean_timesteps[0, 0])
+    assert 0 < timestep <= 300
+    found = SetLoss(toy_unet().eval(), schedule)(latents, draws)
+    told = toy_unet(clean_timestep=timestep).eval()
+    share = schedule.alphas_cumprod[timestep]
+    context = share.sqrt() * latents[:, :1] + (1 - share).sqrt() * draws.clean_noise
+    plain = replace(draws, clean_noise=None, clean_timesteps=None)
+    assert torch.allclose(found, SetLoss(told, schedule)(latents, plain, context=context), rtol=1e-5)
+    assert not torch.allclose(found, SetLoss(told, schedule)(latents, plain), rtol=1e-5)
+    untouched = replace(draws, clean_timesteps=torch.zeros(1, 1, dtype=torch.long))
+    assert torch.equal(*(SetLoss(toy_unet().eval(), schedule)(latents, one) for one in (untouched, plain)))
+
+
 @pytest.mark.parametrize("variant", ["self", "dino"])
 @torch.no_grad()
 def test_the_loss_is_equation_5_over_single_autoregressive_predictions(variant):
@@ -97,7 +204,7 @@ def test_padding_at_the_end_of_a_set_counts_for_nothing():
     padded = loss(latents, draws, counts=torch.tensor([2, 3]))
     latents[0, 2] = 50.0
     assert torch.allclose(padded, loss(latents, draws, counts=torch.tensor([2, 3])))
-    short = Draws(*(value[:, :2] if value.ndim > 1 else value for value in vars(draws).values()))
+    short = replace(draws, noise=draws.noise[:, :2], timesteps=draws.timesteps[:, :2])
     assert torch.allclose(padded[0], loss(latents[:, :2], short)[0], rtol=1e-4)
 
 

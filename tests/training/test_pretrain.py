@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from m2m.artifacts import record_files
+from m2m.config import identity
 from m2m.errors import ArtifactError, ConfigError, InputError
 from m2m.pipelines.many_to_many import load_pipeline
 from m2m.training.pretrain import MisSets, Pretrain, pretrain
@@ -46,8 +47,15 @@ def test_the_same_training_leaves_the_same_bytes_wherever_its_sources_lie(
     first, second = (start_run("pretrain@self", {"sets": image_sets}, name) for name in ("first", "second"))
     pretrain(settings(), first)
     elsewhere = shutil.copytree(models / "text-to-image", tmp_path / "elsewhere")
-    pretrain(settings(text_to_image=str(elsewhere)), second)
+    measured = settings(text_to_image=str(elsewhere), log_every=2, peak_tflops=1e-3)
+    pretrain(measured, second)
     assert record_files(first.out) == record_files(second.out)
+    assert identity(measured, tmp_path) == identity(settings(), tmp_path)
+    lines = [json.loads(line) for line in (second.records / "training-a fingerprin.jsonl").read_text().splitlines()]
+    speeds = [line for line in lines if "mfu" in line]
+    assert [line["step"] for line in speeds] == [2, 4]
+    for line in speeds:
+        assert line["sets_per_second"] > 0 and line["mfu"] > 0 and 0.05 < line["peak_memory_gb"] < 100
 
 
 def test_a_run_after_the_last_checkpoint_only_finishes(settings, start_run, image_sets, monkeypatch):
@@ -121,6 +129,19 @@ def test_settings_that_contradict_each_other_are_refused(settings):
     with pytest.raises(ValueError, match="set timesteps=set"):
         settings(clean_timestep=None)
     assert settings(clean_timestep=None, timesteps="set").clean_timestep is None
+    with pytest.raises(ValueError, match="leave clean_timestep at 0"):
+        settings(clean_timestep=5, context_noise=10)
+    for change in ({"dropping": "image"}, {"random_context": True}):
+        with pytest.raises(ValueError, match="dropped_context=zeroed drops whole sets"):
+            settings(dropped_context="zeroed", **change)
+
+
+@pytest.mark.parametrize(
+    ("variant", "timestep", "why"), [("dino", 10, "is for M2M-Self"), ("self", 1000, "has timesteps 0 to 999")]
+)
+def test_context_noise_that_can_not_be_is_refused(variant, timestep, why, settings, start_run, image_sets):
+    with pytest.raises(ConfigError, match=why):
+        pretrain(settings(context_noise=timestep), start_run(f"pretrain@{variant}", {"sets": image_sets}))
 
 
 def test_saved_configs_hold_no_paths(settings, start_run, image_sets, models):

@@ -20,7 +20,8 @@ from m2m.generation.noise import keyed_generator, keyed_normal
 from m2m.models.unet import ManyToManyUNet
 from m2m.progress import Progress
 from m2m.training.acceleration import open_accelerator
-from m2m.training.loop import LogLine, train
+from m2m.training.log import LogLine
+from m2m.training.loop import Validate, train
 from m2m.training.objective import Objective, SetLoss
 from m2m.training.settings import TrainingSettings
 
@@ -87,11 +88,17 @@ def toy_settings(**changes: Any) -> TrainingSettings:
     )
 
 
-def toy_training(out: Path, data: ToySets | None = None, **changes: Any) -> tuple[ManyToManyUNet, list[LogLine]]:
+def toy_training(
+    out: Path,
+    data: ToySets | None = None,
+    validate: Validate | None = None,
+    unet: ManyToManyUNet | None = None,
+    **changes: Any,
+) -> tuple[ManyToManyUNet, list[LogLine]]:
     """Train in `out`; returns the trained U-Net and the log."""
     settings = toy_settings(**changes)
     data = ToySets() if data is None else data
-    unet = toy_unet("dino" if data.features else "self")
+    unet = toy_unet("dino" if data.features else "self") if unet is None else unet
     out.mkdir(parents=True, exist_ok=True)
     log = train(
         settings,
@@ -102,6 +109,7 @@ def toy_training(out: Path, data: ToySets | None = None, **changes: Any) -> tupl
         Progress(quiet=True),
         open_accelerator(settings.compute),
         belongs_to="toy",
+        validate=validate,
     )
     return unet, log
 
@@ -117,18 +125,18 @@ class Signalled(ToySets):
         os.kill(os.getpid(), self.number)
 
 
-def ended(out: Path, data: ToySets, **environment: str) -> int:
+def ended(out: Path, data: ToySets, **changes: Any) -> int:
     """Train in a process of its own, and wait: how it ended (negative: by that signal)."""
-    return waited(started(out, data, **environment))
+    return waited(started(out, data, {}, **changes))
 
 
-def started(out: Path, data: ToySets, **environment: str) -> int:
+def started(out: Path, data: ToySets, environment: dict[str, str], **changes: Any) -> int:
     """Train in a process of its own; its id."""
     child = os.fork()
     if child == 0:
         os.environ.update(environment)
         try:
-            toy_training(out, data)
+            toy_training(out, data, **changes)
         except SystemExit as stop:
             os._exit(int(str(stop.code)))
         except BaseException:
@@ -151,8 +159,10 @@ def free_port() -> str:
 if __name__ == "__main__":
     # imports take seconds and forks none: all of it in one program, before torch has threads that a fork would lose
     folder = Path(sys.argv[1])
-    faults = [(22, signal.SIGKILL), (3, signal.SIGTERM)]
+    faults = [(22, signal.SIGKILL), (3, signal.SIGTERM), (3, signal.SIGUSR1)]
     codes = [ended(folder / "faults", Signalled(*fault)) for fault in faults]
     group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    pair = [started(folder / "two", ToySets(), RANK=rank, LOCAL_RANK=rank, **group) for rank in ("0", "1")]
-    print(*codes, *map(waited, pair))
+    pair = [
+        started(folder / "two", ToySets(), {**group, "RANK": rank, "LOCAL_RANK": rank}, steps=20) for rank in ("0", "1")
+    ]
+    print(*codes, *map(waited, pair), ended(folder / "one", ToySets(), steps=20))

@@ -1,0 +1,98 @@
+"""Several processes that make one output together, as torchrun and `accelerate launch` start them.
+
+Belongs here: who leads, telling the others, that an error of the leader stops those who wait for it. Not here: how
+they share the work (`m2m.training`), starting them.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from m2m.errors import M2MError
+
+_PATIENCE = timedelta(hours=2)  # for what the leader does alone: waiting for a lock, saving, drawing a picture
+
+
+def count() -> int:
+    """How many processes were started together: torchrun's WORLD_SIZE, or one."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def leads() -> bool:
+    """Whether this process is the one that locks, writes and speaks."""
+    return int(os.environ.get("RANK") or 0) == 0
+
+
+@dataclass(frozen=True)
+class _Failed:
+    why: str
+
+
+class Team:
+    """The processes of one output. The leader tells what is to be done and what came of it; the others hear it.
+
+    Of one process alone nothing is asked, and torch is not imported.
+    """
+
+    def __init__(self) -> None:
+        self.count = count()
+        self._heard = self.count > 1  # whether the others wait for word now
+
+    def tell(self, word: Any) -> None:
+        """Leader: what all others get from `hear`; anything that can be pickled."""
+        if self.count > 1:
+            _broadcast(word)
+
+    def hear(self) -> Any:
+        """The others: wait for the leader's word.
+
+        Raises:
+            M2MError: the leader has failed.
+        """
+        word = _broadcast(None)
+        if isinstance(word, _Failed):
+            raise M2MError(f"the leading process has stopped: {word.why}")
+        return word
+
+    @contextlib.contextmanager
+    def leading(self) -> Iterator[None]:
+        """Leader: an error is told to those who wait; where they work with it, they see it go."""
+        try:
+            yield
+        except BaseException as error:
+            if self._heard:
+                self.tell(_Failed(str(error)))
+            raise
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Leader: all work together in here, and nobody waits for word."""
+        heard, self._heard = self._heard, False
+        yield
+        self._heard = heard
+
+
+@contextlib.contextmanager
+def team() -> Iterator[Team]:
+    """The processes that were started together, connected; of one alone, nothing is connected."""
+    if count() == 1:
+        yield Team()
+        return
+    import torch
+
+    # words go by gloo, gradients on GPUs by NCCL; Accelerate takes over what is there
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, timeout=_PATIENCE)
+    yield Team()
+    torch.distributed.destroy_process_group()  # not after an error: the others may never come
+
+
+def _broadcast(word: Any) -> Any:
+    import torch
+
+    words = [word]
+    torch.distributed.broadcast_object_list(words, src=0, device=torch.device("cpu"))
+    return words[0]
