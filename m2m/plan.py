@@ -1,6 +1,7 @@
-"""Looking before leaping: what a stage, or a whole profile, would do, with nothing written.
+"""Looking before leaping: what a stage, or a whole profile, would do and cost, with nothing written.
 
-Belongs here: dry runs and the plan. Not here: what a stage's own config knows to check (`StageConfig.preview`).
+Belongs here: dry runs and the plan. Not here: what a stage's own config knows to check (`StageConfig.preview`), what it
+costs (`m2m.costs`).
 """
 
 import argparse
@@ -40,18 +41,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from m2m.cli import add_profile_argument
 
     add_profile_argument(parser)
+    parser.add_argument("--efficiency", type=_share, default=0.4, help="share of a GPU's peak that is reached (0.4)")
+    parser.add_argument("--gpus", type=int, help="that sharded stages are spread over; the largest launch's by default")
+    parser.add_argument("--price", type=float, help="of a GPU-hour, in any money")
+    parser.add_argument("--no-costs", action="store_true", help="check alone, which is faster")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Dry-run every stage of a profile; what would stop one is said, and the next is looked at."""
+    """Dry-run every stage of a profile and say its cost; what would stop one is said, and the next is looked at."""
     from m2m.cli import EXIT_BAD_INPUT, open_profile
+    from m2m.costs import Costs, cost_lines
 
     profile = open_profile(args.config)
+    costs = Costs(profile)
     stopped = 0
     for stage in STAGES.values():
-        try:
-            print("\n".join(dry_run(stage, profile)))
-        except M2MError as error:
-            stopped += 1
-            print(f"{stage.key}: would stop: {error}")
+        for lines in (
+            lambda stage=stage: dry_run(stage, profile),
+            lambda stage=stage: cost_lines(stage, costs, efficiency=args.efficiency, gpus=args.gpus, price=args.price),
+        ):
+            try:
+                print("\n".join(lines()), flush=True)
+            except M2MError as error:
+                stopped += 1
+                print(f"{stage.key}: would stop: {error}")
+            if args.no_costs:
+                break
     return EXIT_BAD_INPUT if stopped else 0
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share between 0 and 1")
+    return value

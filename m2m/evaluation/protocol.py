@@ -10,20 +10,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional as F
 
 from m2m import artifacts
-from m2m.config import Compute, ModelSource, Settings, Source, StageConfig, is_hub_id, resolve
+from m2m.config import Compute, ModelSource, Settings, Source, StageConfig, is_hub_id, resolve, source_digest
 from m2m.data.sets import ImageSets
 from m2m.errors import ArtifactError, InputError
 from m2m.evaluation.encoders import Clip, Dino, Reader
 from m2m.evaluation.per_set import PerSet
 from m2m.generation.noise import keyed_generator, keyed_normal, namespaced
 from m2m.models.autoencoder import decode_latents, encode_images, pixels_per_latent
+from m2m.models.text_to_image import model_folder
 from m2m.models.unet import VARIANTS
 from m2m.stage_run import StageRun
 
@@ -59,7 +60,37 @@ class EvaluationConfig(StageConfig):
     reader: Annotated[str | None, Source()] = Field(
         None, description="classifier that reads the tiny world's attributes off pictures; none outside that world"
     )
+    pins: dict[str, str] = Field(
+        {}, description="sha256 of models by their setting's name (clip, dino, ...); others are refused"
+    )
     compute: Compute = Compute.model_validate({})
+
+    def require_pinned(self, name: str, root: Path) -> None:
+        """Refuse other weights than the ones that were pinned: scores by different backbones can't be compared.
+
+        Raises:
+            InputError: the model has another digest (of a folder: of its files' names, sizes and content).
+        """
+        source = getattr(self, name, None)
+        if name not in self.pins or source is None:
+            return
+        path = resolve(source, root)
+        found = source_digest(path if path.exists() else model_folder(source, root), root)
+        if found != self.pins[name]:
+            raise InputError(
+                f"{name} {source}: not the pinned weights: sha256 {found}, pins.{name} is {self.pins[name]}. "
+                "Put those back, or change the pin and evaluate everything that is to be compared anew"
+            )
+
+    @model_validator(mode="after")
+    def _pins_are_of_sources(self) -> "EvaluationConfig":
+        known = [
+            name for name, info in type(self).model_fields.items() if any(isinstance(m, Source) for m in info.metadata)
+        ]
+        for name in self.pins:
+            if name not in known:
+                raise ValueError(f"pins.{name}: no such model. There are: {', '.join(known)}")
+        return self
 
     def preview(self, root: Path, variant: str | None) -> list[str]:
         """Every source of the settings is there (hub ids stand for themselves)."""
@@ -71,16 +102,21 @@ class EvaluationConfig(StageConfig):
             path = resolve(value, root)
             if not path.exists() and not (isinstance(value, str) and is_hub_id(value)):
                 raise InputError(f"{name} {value}: no such file or folder (looked at {path})")
+            if path.exists():
+                self.require_pinned(name, root)
             found.append(f"{name}: {path if path.exists() else f'{value} (from the hub)'}")
         return [*found, f"{self.sampling.num_inference_steps} steps an image, {self.batch} sets at a time"]
 
     def open_clip(self, run: StageRun) -> Clip:
+        self.require_pinned("clip", run.profile.root)
         return Clip(self.clip, run.profile.root, self.compute)
 
     def open_dino(self, run: StageRun) -> Dino:
+        self.require_pinned("dino", run.profile.root)
         return Dino(self.dino, run.profile.root, self.compute, self.dino_pooling)
 
     def open_reader(self, run: StageRun) -> Reader | None:
+        self.require_pinned("reader", run.profile.root)
         return Reader(self.reader, run.profile.root, self.compute) if self.reader else None
 
     def choose(self, available: int, wanted: int, purpose: str) -> list[int]:
@@ -199,10 +235,20 @@ class SetPictures:
         return self._sets.caption_id(i)
 
     def pictures(self, i: int, which: Sequence[int]) -> Tensor:
-        """uint8 (len(which), 3, H, W)."""
+        """uint8 (len(which), 3, H, W).
+
+        Raises:
+            ArtifactError: a picture is missing or can't be read.
+        """
         if self._decoder is not None:
             return self._decoder.decode(self._sets.latents(i, which))
-        return self._sets.pictures(i, which)
+        try:
+            return self._sets.pictures(i, which)
+        except (OSError, KeyError, ValueError) as error:
+            raise ArtifactError(
+                f"{self._sets.folder}: pictures {list(which)} of set {self.key(i)} can't be read ({error}). "
+                "`python -m m2m shards verify` names the damaged shards; generate-sets makes them again"
+            ) from None
 
     def stack(self, indices: Sequence[int], which: Sequence[int]) -> Tensor:
         """uint8 (len(indices), len(which), 3, H, W)."""

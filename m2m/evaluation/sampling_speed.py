@@ -87,6 +87,7 @@ def _time_joint(config: SamplingSpeed, run: StageRun, name: str, sampler: Sample
 
 
 def _time_text_to_image(config: SamplingSpeed, run: StageRun) -> float:
+    config.require_pinned("text_to_image", run.profile.root)
     pipeline: Any = load_text_to_image(config.text_to_image, run.profile.root, config.compute)
     pipeline.scheduler = as_ddim(pipeline.scheduler)
     pipeline.set_progress_bar_config(disable=True)

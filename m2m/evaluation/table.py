@@ -129,6 +129,7 @@ def evaluate_table_1(config: Table1, run: StageRun) -> None:
 
 
 def _open_backbone(config: Table1, run: StageRun) -> Backbone:
+    config.require_pinned("inception", run.profile.root)
     if config.backbone == "classifier":
         if not config.inception:
             raise ConfigError("evaluate.inception is missing: backbone classifier needs the classifier's folder")

@@ -133,6 +133,8 @@ def cache_features(config: CacheFeatures, run: StageRun) -> None:
         drop_leftovers(run.out)
         check_shards(run, index.shards, sum(map(len, places.values())), config.max_failed)
         _write_index(config, run, places, index.shards)
+        if config.storage == "int8":
+            _report_error(config, run, places, encoder)
 
 
 class DinoEncoder:
@@ -278,6 +280,23 @@ def _write_index(config: CacheFeatures, run: StageRun, places: dict[int, dict[in
     write_index(run.out, index)
     run.count(images=sum(splits.values()) * shape[0], **index.splits)
     run.figure(tokens=shape[1], width=shape[2])
+
+
+def _report_error(config: CacheFeatures, run: StageRun, places: dict[int, dict[int, str]], encoder: SetEncoder) -> None:
+    """What int8 costs, measured on the first batch of sets: the error's size in parts of the features' own."""
+    shard = min(number for number, content in places.items() if content)
+    ids, features = encoder.encode(shard, sorted(places[shard])[: config.sets_per_batch])
+    reader = ShardReader(run.out, shard)
+    error = size = 0.0
+    for caption_id, exact in zip(ids, features):
+        if (key := f"{caption_id:09d}") not in reader.keys:  # it failed
+            continue
+        position = reader.keys.index(key)
+        whole, scales = (torch.from_numpy(reader.array(position, name)) for name in (FEATURES, SCALES))
+        error += float((whole * scales[..., None] - exact).double().square().sum())
+        size += float(exact.double().square().sum())
+    reader.close()
+    run.figure(int8_relative_error=float(f"{(error / size) ** 0.5:.3g}") if size else None)
 
 
 def _read_config(path: Path) -> dict:

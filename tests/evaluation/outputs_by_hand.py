@@ -9,6 +9,7 @@ from PIL import Image
 from m2m import artifacts
 from m2m.artifacts import Manifest, Summary
 from m2m.config import Profile
+from m2m.evaluation.per_set import PerSet
 from m2m.stages import STAGES
 
 FIGURES = {"pretrain@self": {"started_from": "a shipped checkpoint, made by: python -m m2m.tiny m2m"}}
@@ -25,7 +26,9 @@ def png(width: int = 120, height: int = 40, seed: int = 0) -> bytes:
     return buffer.getvalue()
 
 
-def write_output(profile: Profile, key: str, summary: Summary, counts: dict[str, int], config: dict) -> Path:
+def write_output(
+    profile: Profile, key: str, summary: Summary, counts: dict[str, int], config: dict, per_set: PerSet | None = None
+) -> Path:
     """A whole output of a stage with these contents."""
     stage = STAGES[key]
     folder = stage.folder(profile)
@@ -33,6 +36,8 @@ def write_output(profile: Profile, key: str, summary: Summary, counts: dict[str,
     for path in summary.pictures.values():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         artifacts.write_bytes(folder / path, png(seed=len(key)))
+    if per_set is not None:
+        per_set.write(folder)
     artifacts.write_json(folder / artifacts.SUMMARY, summary.model_dump(), sort_keys=False)
     manifest = Manifest(
         stage=key,

@@ -1,14 +1,17 @@
 """What the report promises: complete, self-contained, and made of the outputs alone."""
 
+import json
 import re
 
+import numpy as np
 import pytest
 
 from m2m import artifacts
 from m2m.artifacts import Summary
 from m2m.config import Profile, load_profile
-from m2m.errors import ArtifactError
+from m2m.errors import ArtifactError, CheckFailed
 from m2m.evaluation.charts import chart
+from m2m.evaluation.per_set import PER_SET, PerSet, read_per_set
 from m2m.evaluation.report import PAGE, missing_from
 from m2m.progress import Progress
 from m2m.stage_run import run_stage
@@ -33,7 +36,11 @@ def whole_outputs(tmp_path_factory) -> Profile:
             pictures={f"pictures of {key}": "grids/some.png"},
             checks={"fine": ""},
         )
-        write_output(profile, key, summary, {"things": 1234, "sets": 77}, {"seed": 7})
+        per_set = None
+        if key == "evaluate@table_1":
+            per_set = PerSet()
+            per_set.add("M2M-Self: FID ↓", np.array([9.0, 10.0]), "lower")
+        write_output(profile, key, summary, {"things": 1234, "sets": 77}, {"seed": 7}, per_set)
     return profile
 
 
@@ -76,6 +83,27 @@ def test_headline_pictures_and_figures_are_the_reports_own(whole_outputs):
     assert all((outcome.folder / path).read_bytes().startswith(b"\x89PNG") for path in summary.pictures.values())
     assert summary.figures["image sets"] == 77
     assert summary.checks == {"report_complete": "", "no_regression": ""}
+
+
+def test_numbers_lie_beside_the_page_with_what_they_were_made_with(whole_outputs):
+    folder = run_stage(STAGES["report"], whole_outputs, progress=Progress(quiet=True)).folder
+    told = json.loads((folder / "metrics.json").read_text())
+    assert set(told) == set(STAGES["report"].inputs.values())
+    table = told["evaluate@table_1"]
+    assert table["config"] == {"seed": 7} and table["counts"]["sets"] == 77 and len(table["manifest"]) == 64
+    assert table["means"]["M2M-Self: FID ↓"] == {"mean": 9.5, "error": 0.5, "sets": 2, "better": "lower"}
+    assert list(read_per_set(folder / PER_SET)) == ["table_1: M2M-Self: FID ↓"]
+
+
+def test_a_report_worse_than_the_accepted_one_is_refused(whole_outputs, tmp_path):
+    better = PerSet()
+    better.add("table_1: M2M-Self: FID ↓", np.array([1.0, 1.1]), "lower")
+    better.write(tmp_path)
+    accepted = f"accepted={tmp_path / PER_SET}"
+    with pytest.raises(CheckFailed, match=r"no_regression does not hold: table_1: M2M-Self: FID ↓: 9.5, accepted 1.05"):
+        run_stage(STAGES["report"], whole_outputs, overrides=[accepted], progress=Progress(quiet=True))
+    itself = STAGES["report"].folder(whole_outputs) / PER_SET
+    run_stage(STAGES["report"], whole_outputs, overrides=[f"accepted={itself}"], progress=Progress(quiet=True))
 
 
 def test_a_page_without_a_section_or_with_a_link_is_not_complete():

@@ -4,13 +4,18 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from m2m.artifacts import Manifest
-from m2m.errors import ConfigError, InputError
+from m2m.config import source_digest
+from m2m.errors import ArtifactError, ConfigError, InputError
 from m2m.evaluation import protocol
+from m2m.evaluation.per_set import PER_SET, read_per_set
 from m2m.evaluation.protocol import Sampler
+from m2m.evaluation.report import _cell
 from m2m.evaluation.table import Table1
 from tests.evaluation.conftest import TEST
 
@@ -35,6 +40,8 @@ def test_an_evaluation_leaves_pictures_tables_and_finite_metrics(evaluate, name)
             assert min(picture.size) > 64
     assert _numbers(json.loads((run.out / "metrics.json").read_text()))
     assert not list(run.out.glob(".*")), "what was kept for a restart is dropped"
+    if name != "real_images":
+        assert all(np.isfinite(metric.values).all() for metric in read_per_set(run.out / PER_SET).values())
 
 
 @pytest.mark.parametrize("name", ["table_1", "novel_views", "procedures"])
@@ -113,9 +120,12 @@ def test_without_a_reader_preceding_images_come_from_test_sets(evaluate):
 
 
 def test_sampling_speed_times_both_models_and_the_text_to_image_model(evaluate, monkeypatch):
-    run = evaluate("sampling_speed", text_to_image="text-to-image", preceding=[1, 2], num_images=[1], repeats=1)
+    run = evaluate(
+        "sampling_speed", text_to_image="text-to-image", preceding=[1, 2], num_images=[1], joint=[2], repeats=1
+    )
     (rows,) = run.summary["tables"].values()
-    assert [row["model"] for row in rows] == ["text-to-image model", *["M2M-Self"] * 2, *["M2M-DINO"] * 2]
+    models = ["text-to-image model", *["M2M-Self"] * 2, "M2M-Self, joint", *["M2M-DINO"] * 2]
+    assert [row["model"] for row in rows] == models
     assert all(row["seconds an image"] > 0 for row in rows)
 
 
@@ -138,6 +148,40 @@ def test_photographs_must_be_named_and_enough(evaluate):
 def test_objects_need_enough_views(evaluate):
     with pytest.raises(InputError, match="none of 2 held-out objects has the 10 views"):
         evaluate("novel_views", objaverse="objaverse", min_validation=2, preceding=[1, 8], targets=2)
+
+
+def test_table_1s_values_by_set_have_its_means(evaluate):
+    run = evaluate("table_1", **SETTINGS["table_1"], error_blocks=6)
+    found, scores = read_per_set(run.out / PER_SET), json.loads((run.out / "metrics.json").read_text())["scores"]
+    for name, told in scores.items():
+        assert found[f"{name}: Image-Image CLIP ↑"].mean == pytest.approx(told["image"]["mean"])
+        assert found[f"{name}: FID ↓"].mean == pytest.approx(told["fid"]["mean"])
+        assert len(found[f"{name}: Text-Image CLIP ↑"].values) == TEST
+
+
+def test_other_weights_than_the_pinned_are_refused(small_world, evaluate):
+    pinned = source_digest("clip", small_world.root)
+    with pytest.raises(InputError, match=r"dino dino: not the pinned weights: sha256 .* pins.dino is 00"):
+        evaluate("rollouts", **SETTINGS["rollouts"], pins={"clip": pinned, "dino": "00"})
+    with pytest.raises(ValidationError, match=r"pins.clap: no such model. There are: .*clip"):
+        Table1.model_validate({**small_world.settings, "pins": {"clap": pinned}})
+
+
+def test_a_corrupt_picture_is_named(small_world, evaluate, tmp_path):
+    damaged = tmp_path / "sets"
+    shutil.copytree(small_world.root / "sets", damaged)
+    (shard,) = damaged.rglob("*.tar")
+    shard.write_bytes(shard.read_bytes().replace(b"\x89PNG", b"\0\0\0\0"))
+    with pytest.raises(ArtifactError, match=r"pictures \[0, 1\] of set \d can't be read .* shards verify"):
+        evaluate("rollouts", inputs={"sets": damaged}, **SETTINGS["rollouts"])
+
+
+def test_no_table_hides_a_number_that_is_not_finite(evaluate):
+    run = evaluate("rollouts", **SETTINGS["rollouts"])
+    run.table("A table", [{"x": float("nan")}])
+    protocol.conclude(run, {})
+    assert run.summary["checks"]["metrics_finite"] == "not finite: tables.A table[0].x"
+    assert _cell(float("nan")) == "⚠ not a finite number"
 
 
 def test_what_is_not_finite_is_named():
