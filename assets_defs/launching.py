@@ -50,6 +50,10 @@ class Launcher(Protocol):
         """
         ...
 
+    def end_orphans(self, instance: dg.DagsterInstance) -> list[str]:
+        """End what works on although its run is over, after a time in which a new run may take it up; says what."""
+        ...
+
 
 def declared(stage_key: str) -> dict[str, Any]:
     """What the registry says of a stage, as arguments of `@asset`."""

@@ -10,13 +10,13 @@ import dagster as dg
 
 from assets_defs import captions, evaluation, features, finetuning, image_sets, pretraining
 from orchestration.jobs import JOBS
-from orchestration.launchers.local import LocalLauncher
+from orchestration.launchers.chosen import chosen_launcher
 from orchestration.schedules import SCHEDULES
 from orchestration.sensors import SENSORS
 
 
 def build_defs(*, resource_overrides: Mapping[str, Any] | None = None) -> dg.Definitions:
-    """Dagster's definitions for the profile of `M2M_PROFILE`.
+    """Dagster's definitions for the profile of `M2M_PROFILE` and the launcher of `M2M_LAUNCHER`.
 
     Args:
         resource_overrides: resources in place of the usual ones, for example another `launcher`.
@@ -26,7 +26,7 @@ def build_defs(*, resource_overrides: Mapping[str, Any] | None = None) -> dg.Def
         jobs=JOBS,
         schedules=SCHEDULES,
         sensors=SENSORS,
-        resources={"launcher": LocalLauncher(), **(resource_overrides or {})},
+        resources={"launcher": chosen_launcher(), **(resource_overrides or {})},
         executor=dg.in_process_executor,  # a step only waits for the process that does its work
     )
 

@@ -5,6 +5,7 @@ Belongs here: sensors. Not here: jobs, schedules.
 
 import dagster as dg
 
+from assets_defs.launching import Launcher
 from orchestration.launchers.process_mark import RUN_TAG, is_lost
 
 
@@ -20,12 +21,18 @@ def fail_lost_runs(instance: dg.DagsterInstance) -> list[str]:
 @dg.sensor(
     minimum_interval_seconds=30,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Marks runs as failed whose process is gone, so that those that wait for them can start.",
+    description="Marks runs as failed whose process is gone, so that those that wait for them can start, and ends "
+    "cluster jobs that no run follows any more.",
 )
-def lost_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
+def lost_runs(context: dg.SensorEvaluationContext, launcher: dg.ResourceParam[Launcher]) -> dg.SkipReason:
     """Starts nothing itself."""
     lost = fail_lost_runs(context.instance)
-    return dg.SkipReason(f"marked as failed: {', '.join(lost)}" if lost else "no run has lost its process")
+    orphans = launcher.end_orphans(context.instance)
+    done = [
+        *([f"marked as failed: {', '.join(lost)}"] if lost else []),
+        *([f"ended jobs of runs that are over: {', '.join(orphans)}"] if orphans else []),
+    ]
+    return dg.SkipReason("; ".join(done) or "no run has lost its process")
 
 
 SENSORS = [lost_runs]

@@ -66,6 +66,10 @@ class LocalLauncher(dg.ConfigurableResource):
         }
         yield from results(context, stage, session.get_reported_results(), exit_code, list(last_lines), told)
 
+    def end_orphans(self, instance: dg.DagsterInstance) -> list[str]:
+        """None: a process here dies with the one that started it."""
+        return []
+
     @contextlib.contextmanager
     def _running(self, command: list[str], env: dict[str, str]) -> Iterator[tuple[subprocess.Popen[str], deque[str]]]:
         """A process that is gone when the block is left; with it the end of its stderr."""

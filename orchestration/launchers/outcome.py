@@ -42,6 +42,8 @@ def results(
     exit_code: int,
     last_lines: Sequence[str],
     told: dict[str, dg.MetadataValue],
+    *,
+    why: str | None = None,
 ) -> Results:
     """Yield what the process reported, then fail the step if the process failed.
 
@@ -49,6 +51,7 @@ def results(
         reported: what was heard over Pipes.
         last_lines: the end of its stderr.
         told: what the launcher knows of the launch, for the materialization.
+        why: what the launcher knows better than the command of why it failed.
 
     Raises:
         dg.Failure: a non-zero exit code, with the command's own one-line error.
@@ -61,7 +64,7 @@ def results(
             yield from _materialization(context, result, told)
     if exit_code == 0:
         return
-    why = _why(stage, exit_code, last_lines)
+    why = why or _why(stage, exit_code, last_lines)
     if exit_code == EXIT_CALL_AGAIN:
         raise dg.RetryRequested(max_retries=MAX_RETRIES, seconds_to_wait=1) from dg.Failure(why)
     log = dg.MetadataValue.md("```\n" + "\n".join(last_lines) + "\n```")

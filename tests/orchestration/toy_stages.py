@@ -40,9 +40,15 @@ def toy(config: Toy, run: StageRun) -> None:
             raise InputError("in.tsv:3: no tab between URL and caption")
         case "crash":
             raise ZeroDivisionError("a bug")
-        case "sleep":
-            (run.profile.outputs / "asleep").write_text(str(os.getpid()))
-            time.sleep(60)
+        case "sleep" | "sleep deaf":
+            _sleep(run, 60, deaf=config.act == "sleep deaf")
+        case "nap":
+            _sleep(run, 8)
+        case "sleep once" | "sleep deaf once" if not (run.out / "checkpoint").exists():
+            (run.out / "checkpoint").write_text("halfway")
+            _sleep(run, 200, deaf=config.act == "sleep deaf once")
+        case "hog":
+            _sleep(run, 60, bytearray(os.urandom(1 << 20) * 800))
         case "stop once" if not (run.out / "checkpoint").exists():
             (run.out / "checkpoint").write_text("halfway")
             sys.exit(75)
@@ -65,6 +71,13 @@ def toy(config: Toy, run: StageRun) -> None:
     run.curve("loss", {"step": [1, 2, 3], "loss": [3.0, 2.0, 1.5]})
     for check in run.stage.checks:
         run.check(check, True, "")
+
+
+def _sleep(run: StageRun, seconds: float, held: object = None, *, deaf: bool = False) -> None:
+    if deaf:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    (run.profile.outputs / "asleep").write_text(str(os.getpid()))
+    time.sleep(seconds)
 
 
 def install() -> None:
