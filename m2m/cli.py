@@ -22,7 +22,8 @@ TOOLS = {
     "plan": ("m2m.plan", "what a profile will do and cost, stage by stage"),
     "shards": ("m2m.data.shards_cli", "list, show or verify shards"),
     "generate": ("m2m.pipelines.generate_cli", "images from images, with a trained model"),
-    "trace": ("m2m.trace", "what an output was made from, back to the captions"),
+    "trace": ("m2m.trace", "what an output was made from, back to the captions; what differs between two"),
+    "export": ("m2m.export", "a trained model as a folder for the Hugging Face hub, with its card"),
 }
 
 

@@ -5,7 +5,7 @@ Belongs here: showing it. Not here: reading it back from disk (`m2m.provenance`)
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from m2m.errors import ConfigError
@@ -162,10 +162,4 @@ def _kind(name: str) -> tuple[int, str]:
 def _told(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(str(part) for part in value if part is not None)
-    return (
-        "(none)"
-        if value is None
-        else json.dumps(value, ensure_ascii=False)
-        if isinstance(value, Mapping)
-        else str(value)
-    )
+    return "(none)" if value is None else str(value)

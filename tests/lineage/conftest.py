@@ -13,7 +13,7 @@ from m2m.stages import STAGES
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import toy_chain  # noqa: E402
+import toy_chain
 
 
 @pytest.fixture
