@@ -6,6 +6,7 @@ Belongs here: reading that from the surroundings. Not here: recorders.
 import os
 
 from assets_defs.launching import Launcher
+from assets_defs.profile import PROFILE
 from m2m.errors import ConfigError
 from orchestration.lineage.dvc_record import DvcRecorder
 from orchestration.lineage.lakefs import LakeFS
@@ -25,10 +26,10 @@ def with_recorders(launcher: Launcher) -> Launcher:
     if how not in HOW:
         raise ConfigError(f"M2M_DVC is {how!r}; it must be one of {', '.join(HOW)}")
     if how != "off":
-        recorders.append(DvcRecorder.of(how, os.environ.get("M2M_DVC_REMOTE")))
+        recorders.append(DvcRecorder.of(how, PROFILE.root, os.environ.get("M2M_DVC_REMOTE")))
     if lake := _lakefs():
         recorders.append(lake)
-    return RecordingLauncher(launcher, recorders) if recorders else launcher
+    return RecordingLauncher(launcher, recorders, PROFILE) if recorders else launcher
 
 
 def _lakefs() -> LakeFS | None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from m2m import artifacts
-from m2m.config import project_root
 from m2m.stages import Stage
 from orchestration.lineage.recording import Recording, RecordingError
 
@@ -39,9 +38,9 @@ class DvcRecorder:
     name: str = "DVC"
 
     @classmethod
-    def of(cls, how: str, remote: str | None = None) -> "DvcRecorder":
-        """The project's recorder: `record` only, also `commit` to git, or also `push`."""
-        return cls(project_root(), git=how in ("commit", "push"), push=how == "push", remote=remote)
+    def of(cls, how: str, root: Path, remote: str | None = None) -> "DvcRecorder":
+        """A project's recorder: `record` only, also `commit` to git, or also `push`."""
+        return cls(root, git=how in ("commit", "push"), push=how == "push", remote=remote)
 
     def record(self, made: Recording) -> str:
         """Bring `dvc.lock` up to date with one output; see `Recorder`."""

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import dagster as dg
 
 from assets_defs.launching import Launch, Launcher, Results
-from assets_defs.profile import PROFILE
 from m2m import artifacts
 from m2m.artifacts import Manifest
 from m2m.config import Profile, load_profile
@@ -61,7 +60,7 @@ class RecordingLauncher:
     tries again, also where it finds nothing else to do.
     """
 
-    def __init__(self, launcher: Launcher, recorders: Sequence[Recorder], profile: Profile = PROFILE) -> None:
+    def __init__(self, launcher: Launcher, recorders: Sequence[Recorder], profile: Profile) -> None:
         self.launcher = launcher
         self._recorders = recorders
         self._profile = profile

@@ -16,9 +16,13 @@ from dvc.repo import Repo
 from assets_defs.launching import Launch
 from m2m import artifacts
 from m2m.config import Profile, load_profile
+from m2m.errors import ConfigError
 from m2m.progress import Progress
 from m2m.stage_run import run_stage
 from m2m.stages import STAGES
+from orchestration.definitions import build_defs
+from orchestration.launchers import local
+from orchestration.lineage import chosen
 from orchestration.lineage.dvc_record import DvcRecorder, dvc_name
 from orchestration.lineage.recording import Recording, RecordingError, RecordingLauncher
 
@@ -155,11 +159,10 @@ def test_repro_after_recording_runs_only_what_a_changed_param_reaches(project, m
 
 
 def test_metrics_and_plots_are_read_from_inside_the_outputs(project):
-    record_all(project, DvcRecorder(project.root))
     with Repo(str(project.root)) as repo:
         (found,) = repo.metrics.show()[""]["data"].values()
         assert found["data"]["scores"]["M2M-Self"]["fid"] == 10.5
-        plots = repo.plots.show()[""]["definitions"]["data"]["dvc.yaml"]["data"]
+        plots = repo.plots.show()["workspace"]["definitions"]["data"]["dvc.yaml"]["data"]
     assert any("novel_views" in name for name in plots)
 
 
@@ -291,3 +294,23 @@ def test_what_is_not_the_profiles_is_not_recorded_as_such(project):
     told = materialize(RecordingLauncher(Here(project, edit), [DvcRecorder(project.root)], project), "filter-captions")
     assert "was changed while it was made" in str(told["recorded by DVC"])
     assert locked_stages(project.root) == set()
+
+
+def test_the_definitions_record_where_they_are_asked_to(project, monkeypatch):
+    monkeypatch.setattr(local, "PROFILE", project)
+    monkeypatch.setattr(chosen, "PROFILE", project)
+    launcher = local.LocalLauncher(command=[sys.executable, str(TOY)])
+    assert chosen.with_recorders(launcher) is launcher  # nothing is recorded unless somebody asks
+    monkeypatch.setenv("M2M_DVC", "record")
+    job = build_defs(resource_overrides={"launcher": launcher}).resolve_job_def("m2m_pipeline")
+    result = job.execute_in_process(asset_selection=[dg.AssetKey("filtered_captions")])
+    (event,) = result.asset_materializations_for_node("filtered_captions")
+    assert str(event.metadata["recorded by DVC"].value).startswith("filter_captions ")
+    assert locked_stages(project.root) == {"filter_captions"}
+
+
+@pytest.mark.parametrize("name, value", [("M2M_DVC", "yes"), ("M2M_LAKEFS", "http://127.0.0.1:9")])
+def test_settings_that_make_no_sense_are_refused(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=name):
+        chosen.with_recorders(local.LocalLauncher())

@@ -106,7 +106,7 @@ class Hub(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             name = "/".join(filter(None, [json.loads(body).get("organization"), json.loads(body)["name"]]))
             self.repos.add(name)
-            return self._answer({"url": f"http://hub/{name}", "id": name, "name": name})
+            return self._answer({"url": f"http://{self.headers['Host']}/{name}", "id": name, "name": name})
         if self.path.endswith("/preupload/main"):
             asked = json.loads(body)["files"]
             modes = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]
@@ -115,7 +115,9 @@ class Hub(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            return self._answer({"commitUrl": "http://hub/commit/1", "commitOid": "1", "success": True})
+            return self._answer(
+                {"commitUrl": f"http://{self.headers['Host']}/someone/toys/commit/1", "commitOid": "1", "success": True}
+            )
         return self._answer({"success": True, "errors": [], "warnings": []})
 
     def do_GET(self) -> None:
@@ -147,7 +149,7 @@ def hub(monkeypatch):
 def test_the_hub_gets_every_file(chain, tmp_path, hub):
     kind, endpoint = hub
     export(str(chain.outputs / "pretrain" / "self"), tmp_path / "out")
-    assert upload(tmp_path / "out", "someone/toys", endpoint=endpoint) == "http://hub/commit/1"
+    assert upload(tmp_path / "out", "someone/toys", endpoint=endpoint) == f"{endpoint}/someone/toys/commit/1"
     there = {p.relative_to(tmp_path / "out").as_posix(): p.read_bytes() for p in (tmp_path / "out").rglob("*.*")}
     assert kind.repos == {"someone/toys"}
     assert kind.files.items() >= {name: content for name, content in there.items() if content}.items()
