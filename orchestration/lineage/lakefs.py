@@ -87,7 +87,7 @@ class LakeFS:
             from lakefs_client import Configuration
             from lakefs_client.client import LakeFSClient
 
-            settings = Configuration(host=self.endpoint, username=self._keys[0], password=self._keys[1])
+            settings: Any = Configuration(host=self.endpoint, username=self._keys[0], password=self._keys[1])
             settings.retries = 2
             self._made = LakeFSClient(settings)
         return self._made

@@ -42,7 +42,8 @@ class Recording:
 class Recorder(Protocol):
     """Keeps a record, or the bytes, of what was made. Recording the same again is allowed and changes nothing."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def record(self, made: Recording) -> str:
         """Record an output; returns what the record is called.

@@ -189,7 +189,8 @@ class Handler(BaseHTTPRequestHandler):
     def _content(self, body: bytes) -> bytes:
         """The one file of a multipart form."""
         head = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
-        (part,) = BytesParser(policy=HTTP).parsebytes(head + body).iter_parts()  # type: ignore[attr-defined]
+        form: Any = BytesParser(policy=HTTP).parsebytes(head + body)
+        (part,) = form.iter_parts()
         return part.get_payload(decode=True)
 
     def _stats(self, path: str, content: bytes) -> dict[str, Any]:

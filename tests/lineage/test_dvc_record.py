@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
 import yaml
 from dvc.repo import Repo
+from dvc.repo.reproduce import reproduce
 
 from assets_defs.launching import Launch
 from m2m import artifacts
@@ -145,12 +147,12 @@ def test_repro_after_recording_runs_only_what_a_changed_param_reaches(project, m
     monkeypatch.chdir(root)
     record_all(project, DvcRecorder(root))
     with Repo(str(root)) as repo:
-        assert repo.reproduce() == []
+        assert reproduce(repo) == []
     before = {key: recording(project, key).manifest.digest for key in STAGES}
     settings = root / "configs" / "tiny.yaml"
     settings.write_text(settings.read_text().replace("finetune: {value: 6}", "finetune: {value: 66}"))
     with Repo(str(root)) as repo:
-        ran = {stage.addressing for stage in repo.reproduce()}
+        ran = {stage.addressing for stage in reproduce(repo)}
     reached = {"finetune@nvs", "finetune@vgsi", "evaluate@novel_views", "evaluate@procedures", "report"}
     assert ran == reached
     after = {key: recording(project, key).manifest.digest for key in STAGES}
@@ -160,7 +162,8 @@ def test_repro_after_recording_runs_only_what_a_changed_param_reaches(project, m
 
 def test_metrics_and_plots_are_read_from_inside_the_outputs(project):
     with Repo(str(project.root)) as repo:
-        (found,) = repo.metrics.show()[""]["data"].values()
+        shown: Any = repo.metrics.show()
+        (found,) = shown[""]["data"].values()
         assert found["data"]["scores"]["M2M-Self"]["fid"] == 10.5
         plots = repo.plots.show()["workspace"]["definitions"]["data"]["dvc.yaml"]["data"]
     assert any("novel_views" in name for name in plots)

@@ -63,7 +63,7 @@ def running(folder: Path, seconds: float = 90) -> Iterator[S3]:
     finally:
         process.terminate()
         try:
-            process.wait(20)
+            process.wait(5)  # all that it holds is a test's
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
