@@ -25,7 +25,8 @@ TOOLS = {
     "data": ("m2m.data.data_cli", "what real data sets hold, and what of them is set aside and why"),
     "generate": ("m2m.pipelines.generate_cli", "images from images, with a trained model"),
     "compare": ("m2m.evaluation.compare", "two or more reports or evaluations, with confidence intervals"),
-    "trace": ("m2m.trace", "what an output was made from, back to the captions"),
+    "trace": ("m2m.trace", "what an output was made from, back to the captions; what differs between two"),
+    "export": ("m2m.export", "a trained model as a folder for the Hugging Face hub, with its card"),
 }
 
 

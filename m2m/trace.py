@@ -1,41 +1,165 @@
-"""Where a result came from: its manifest, its inputs' manifests, back to the captions.
+"""`python -m m2m trace`: where a result came from, and what differs between two.
 
-Belongs here: walking manifests. Not here: DVC's and git's records of them.
+Belongs here: showing it. Not here: reading it back from disk (`m2m.provenance`).
 """
 
 import argparse
+import json
 from collections.abc import Iterator
+from typing import Any
 
-from m2m import artifacts
-from m2m.config import Profile
-from m2m.stages import STAGES, Stage, find_stage
+from m2m.errors import ConfigError
+from m2m.provenance import Made, find_output, flat, trace, verify
+
+_SHORT = 12
 
 
-def trace(stage: Stage, profile: Profile, depth: int = 0) -> Iterator[str]:
-    """One line an output, its inputs indented below it; says where an input was made anew since."""
-    folder = stage.folder(profile)
-    manifest = artifacts.read_manifest(folder)
-    if manifest is None:
-        yield f"{'  ' * depth}{stage.key}: {folder} is not whole"
-        return
-    yield f"{'  ' * depth}{stage.key}: {folder} fingerprint {manifest.fingerprint[:12]} manifest {manifest.digest[:12]}"
-    for name, key in stage.inputs.items():
-        there = artifacts.read_manifest(STAGES[key].folder(profile))
-        if there is None or there.digest != manifest.inputs.get(name):
-            yield f"{'  ' * (depth + 1)}(its {name} was {manifest.inputs.get(name, '?')[:12]}; another stands there)"
-        yield from trace(STAGES[key], profile, depth + 1)
+def tree(made: Made) -> list[str]:
+    """A few lines for each output, what it was made from indented below it; what was told before is not told again."""
+    return list(_tree(made, "", set()))
+
+
+def differences(a: Made, b: Made) -> list[str]:
+    """What differs between two results and in everything behind them; the nearest output first."""
+    left, right = ({node.key: node for node in made.each()} for made in (a, b))
+    if a.key != b.key:
+        left[b.key], right[b.key] = left.pop(a.key), right.pop(b.key)  # an evaluation of one model against another's
+    lines = []
+    for key in dict.fromkeys([*left, *right]):
+        if key not in left or key not in right:
+            lines.append(f"{key}: only behind {'the second' if key not in left else 'the first'}")
+            continue
+        facts = [_facts(side[key]) for side in (left, right)]
+        names = sorted(set(facts[0]) | set(facts[1]), key=_kind)
+        found = [
+            f"  {name}: {_told(one)} -> {_told(two)}"
+            for name in names
+            if (one := facts[0].get(name)) != (two := facts[1].get(name))
+        ]
+        lines += [f"{key}:", *found] if found else []
+    return lines
+
+
+def as_json(made: Made) -> dict[str, Any]:
+    """Everything that is known, for programs: outputs by their stage's key."""
+    return {
+        node.key: {
+            "manifest": node.manifest.model_dump() if node.manifest else None,
+            "digest": node.manifest.digest if node.manifest else None,
+            "runs": node.runs,
+            "sources": [{"setting": of.setting, "digest": of.digest, "path": of.path} for of in node.sources],
+            "inputs": {name: of.key for name, of in node.inputs.items()},
+            "gaps": node.gaps,
+        }
+        for node in made.each()
+    }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from m2m.cli import add_profile_argument
 
     add_profile_argument(parser)
-    parser.add_argument("stage", help="for example report, or pretrain@self")
+    told = "an output's folder, a file in it (a report, a checkpoint), or a stage, for example report or pretrain@self"
+    parser.add_argument("result", nargs="?", help=told)
+    parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="what differs between two results")
+    parser.add_argument("--verify", action="store_true", help="read every byte on the way again")
+    parser.add_argument("--json", action="store_true", help="print everything that is known, as one JSON object")
 
 
-def main(args: argparse.Namespace) -> None:
-    from m2m.cli import open_profile
+def main(args: argparse.Namespace) -> int:
+    """Exits with 1 where bytes are not what they were when they were recorded."""
+    if (args.result is None) == (args.diff is None):
+        raise ConfigError("trace takes one result, or --diff and two")
+    if args.diff:
+        a, b = (trace(*find_output(text, args.config)) for text in args.diff)
+        print("\n".join(differences(a, b)) or "nothing differs")
+        return 0
+    profile, key = find_output(args.result, args.config)
+    made = trace(profile, key)
+    broken = verify(made, profile) if args.verify else []
+    if args.json:
+        print(json.dumps({"outputs": as_json(made), "broken": broken}, indent=1, ensure_ascii=False))
+        return 1 if broken else 0
+    print("\n".join(tree(made)))
+    nodes = list(made.each())
+    gaps = sum(len(node.gaps) for node in nodes)
+    sources = {source.digest for node in nodes for source in node.sources}
+    print(f"{len(nodes)} outputs, {len(sources)} sources, {gaps} gaps")
+    if args.verify:
+        files = sum(len(node.manifest.files) for node in nodes if node.manifest)
+        print("\n".join([f"{files} files read again; {len(broken)} things are not as they were", *broken]))
+    return 1 if broken else 0
 
-    command, _, variant = args.stage.partition("@")
-    for line in trace(find_stage(command, variant or None), open_profile(args.config)):
-        print(line)
+
+def _tree(made: Made, indent: str, told: set[str], name: str = "") -> Iterator[str]:
+    label = f"{indent}{name} = {made.key}" if name else f"{indent}{made.key}"
+    if made.key in told:
+        yield f"{label} (above)"
+        return
+    told.add(made.key)
+    inner = f"{indent}  "
+    if made.manifest is not None:
+        yield f"{label}: {made.folder}"
+        yield f"{inner}fingerprint {made.manifest.fingerprint[:_SHORT]}, manifest {made.manifest.digest[:_SHORT]}"
+        yield from (f"{inner}{line}" for line in _run_lines(made, told))
+        seeds = {k: v for k, v in flat(made.manifest.config).items() if k.rpartition(".")[2].endswith("seed")}
+        if seeds:
+            yield f"{inner}{', '.join(f'{name} {value}' for name, value in seeds.items())}"
+    else:
+        yield label
+    yield from (f"{inner}GAP: {gap}" for gap in made.gaps)
+    for source in made.sources:
+        digest = "" if source.path == source.digest else f" (sha256 {source.digest[:_SHORT]})"
+        yield f"{inner}{source.setting} = {source.path or '?'}{digest}"
+    for input_name, of in made.inputs.items():
+        yield from _tree(of, inner, told, input_name)
+
+
+def _run_lines(made: Made, told: set[str]) -> Iterator[str]:
+    run = made.run
+    if not run:
+        return
+    git = run.get("git", {})
+    state = {None: "", True: ", with changes that were not committed", False: ", clean"}[git.get("dirty")]
+    more = f", the last of {len(made.runs)} runs" if len(made.runs) > 1 else ""
+    jobs = "".join(f", {name} {value}" for name, value in run.get("job", {}).items())
+    yield f"made {run.get('started')} in {run.get('seconds', 0):g} s{more}{jobs}"
+    yield f"code {(git.get('revision') or 'not under git')[:_SHORT]}{state}"
+    packages = ", ".join(f"{name} {version}" for name, version in run.get("packages", {}).items())
+    machine = run.get("machine", {})
+    hardware = "".join(f", {name} {machine[name]}" for name in machine if name not in ("python", "system"))
+    on = f"on {machine.get('system')}{hardware}, Python {machine.get('python')}, {packages}"
+    if on not in told:  # most of a chain is made in one place
+        told.add(on)
+        yield on
+
+
+def _facts(made: Made) -> dict[str, Any]:
+    """All that can be compared of one output, by name."""
+    if made.manifest is None:
+        return {"output": "not whole"}
+    sources = {source.setting: source for source in made.sources}
+    said: dict[str, Any] = {"stage version": made.manifest.version}
+    for name, value in flat(made.manifest.config).items():
+        if name in sources:
+            said[f"data {name}"] = (sources[name].path, sources[name].digest[:_SHORT])
+        else:
+            said[f"config {name}"] = value
+    said |= {f"data {name}": digest[:_SHORT] for name, digest in made.manifest.inputs.items()}
+    said |= {f"count {name}": value for name, value in made.manifest.counts.items()}
+    said |= {f"file {of.path}": of.sha256[:_SHORT] for of in made.manifest.files}
+    run = made.run
+    said |= {f"code {name}": value for name, value in run.get("git", {}).items()}
+    said |= {f"package {name}": version for name, version in run.get("packages", {}).items()}
+    return said | {f"machine {name}": value for name, value in run.get("machine", {}).items()}
+
+
+def _kind(name: str) -> tuple[int, str]:
+    kinds = ["output", "stage", "config", "data", "code", "package", "machine", "count", "file"]
+    return kinds.index(name.split(" ")[0]), name
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(str(part) for part in value if part is not None)
+    return "(none)" if value is None else str(value)

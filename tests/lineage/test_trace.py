@@ -1,0 +1,131 @@
+"""From a report back to the captions, and from two results to what differs between them."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from m2m.cli import main
+from m2m.config import load_profile
+from m2m.progress import Progress
+from m2m.provenance import find_output, trace, verify
+from m2m.stage_run import run_stage
+from m2m.stages import STAGES
+from m2m.trace import differences, tree
+
+
+def make(profile, key: str, *overrides: str) -> None:
+    run_stage(STAGES[key], profile, overrides=overrides, progress=Progress(quiet=True))
+
+
+def test_a_report_leads_back_to_the_caption_file_through_every_stage(chain):
+    made = trace(chain, "report")
+    nodes = {node.key: node for node in made.each()}
+    assert set(nodes) == set(STAGES)
+    assert not [gap for node in nodes.values() for gap in node.gaps]
+    (captions,) = nodes["filter-captions"].sources
+    assert captions.path == "captions.tsv"
+    assert all(node.run["manifest"] == node.manifest.digest for node in nodes.values() if node.manifest)
+    assert verify(made, chain) == []
+
+
+def test_the_tree_names_code_settings_and_machine(chain):
+    lines = "\n".join(tree(trace(chain, "report")))
+    assert "source = captions.tsv (sha256 " in lines
+    assert "m2m_dino = pretrain@dino (above)" in lines  # told once, read by many
+    assert "torch " in lines and "cpus " in lines and "seed 0" in lines
+
+
+@pytest.mark.parametrize("what", ["report", "report/made.txt", "evaluate/table_1", "finetune/nvs/unet/config.json"])
+def test_an_output_is_found_by_its_folder_and_by_any_file_in_it(chain, what):
+    profile, key = find_output(str(chain.outputs / what))
+    assert profile.outputs == chain.outputs
+    assert (chain.outputs / what).is_relative_to(STAGES[key].folder(chain))
+
+
+def test_the_command_takes_a_path_or_a_stage(chain, capsys):
+    started = time.monotonic()
+    assert main(["trace", str(chain.outputs / "report")]) == 0
+    assert time.monotonic() - started < 2
+    assert capsys.readouterr().out.splitlines()[-1] == "16 outputs, 2 sources, 0 gaps"
+    assert main(["trace", "pretrain@dino", "--config", str(chain.path), "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["outputs"]) == {
+        "pretrain@dino",
+        "cache-features",
+        "generate-sets",
+        "filter-captions",
+    }
+
+
+@pytest.mark.parametrize("argv, words", [([], "takes one result"), (["{root}/captions.tsv"], "neither a whole output")])
+def test_what_is_no_result_is_said(chain, capsys, argv, words):
+    assert main(["trace", *(text.format(root=chain.root) for text in argv)]) == 2
+    assert words in capsys.readouterr().err
+
+
+def damage_file(root: Path) -> None:
+    (root / "outputs/tiny/pretrain/dino/made.txt").write_text("other bytes, as many\n")
+
+
+def change_source(root: Path) -> None:
+    (root / "weights/w.bin").write_bytes(b"v")
+
+
+def change_manifest(root: Path) -> None:
+    path = root / "outputs/tiny/generate-sets/manifest.json"
+    path.write_text(path.read_text().replace('"value": 2', '"value": 9'))
+
+
+@pytest.mark.parametrize(
+    "fault, said",
+    [
+        (damage_file, "pretrain@dino: made.txt"),
+        (change_source, "pretrain@self: source: weights has other content than when it was read"),
+        (change_manifest, "generate-sets: the fingerprint in its manifest is not that of its settings"),
+    ],
+)
+def test_verify_finds_every_kind_of_damage(chain, capsys, fault, said):
+    fault(chain.root)
+    assert main(["trace", str(chain.outputs / "report"), "--verify"]) == 1
+    assert said in capsys.readouterr().out
+
+
+def test_broken_chains_are_gaps(chain):
+    make(chain, "generate-sets", "value=3")
+    assert any("generate-sets was made anew since" in gap for gap in trace(chain, "pretrain@self").gaps)
+    shutil.rmtree(chain.outputs / "generate-sets")
+    gaps = [gap for node in trace(chain, "pretrain@self").each() for gap in node.gaps]
+    assert any("python -m m2m generate-sets" in gap for gap in gaps)
+    shutil.rmtree(chain.outputs / "runs")
+    assert "there is no record here of the run that made it" in trace(chain, "pretrain@self").gaps
+
+
+def test_sources_are_found_by_the_profile_where_nothing_is_remembered(chain):
+    """As in a fresh clone: only the outputs themselves came back from the remote."""
+    shutil.rmtree(chain.outputs / ".identities")
+    assert [source.path for source in trace(chain, "filter-captions").sources] == ["captions.tsv"]
+    (chain.root / "captions.tsv").write_text("other")
+    assert trace(chain, "filter-captions").gaps == ["source: not known where it lay"]
+
+
+def test_differences_name_the_setting_that_was_changed_and_what_came_of_it(chain, tmp_path):
+    shutil.copytree(chain.root, tmp_path / "other")
+    other = load_profile(tmp_path / "other" / "configs" / "tiny.yaml")
+    assert differences(trace(chain, "report"), trace(other, "report")) == []
+    (tmp_path / "other" / "captions.tsv").write_text("https://example.org/2\ta blue star\n")
+    make(other, "filter-captions")
+    make(other, "generate-sets", "value=9")
+    lines = differences(trace(chain, "generate-sets"), trace(other, "generate-sets"))
+    assert "  config value: 2 -> 9" in lines
+    assert any(line.startswith("  data source: captions.tsv ") for line in lines)
+    assert any(line.startswith("  data captions: ") for line in lines)
+    assert not any("seed" in line or "package" in line for line in lines)
+
+
+def test_two_models_can_be_compared(chain):
+    lines = differences(trace(chain, "pretrain@self"), trace(chain, "pretrain@dino"))
+    assert "  config value: 4 -> 5" in lines
+    assert "cache-features: only behind the second" in lines
+    assert not any(line.startswith("filter-captions") for line in lines)
