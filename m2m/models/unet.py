@@ -4,7 +4,6 @@ Belongs here: the network, its passes (training, encoding a context, denoising) 
 model. Not here: the attention itself (`image_set_attention`), strict reading of files (`saved`), sampling (pipelines).
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -344,11 +343,15 @@ class ManyToManyUNet(UNet2DConditionModel):
             realigned(loaded)
         return loaded  # type: ignore[return-value]
 
-    @functools.wraps(UNet2DConditionModel.save_pretrained)  # pipelines pass on what they find in the signature
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        # diffusers' own, in the place of what an earlier save left
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, *, max_shard_size: int | str = "10GB", **kwargs: Any
+    ) -> None:
+        """diffusers' own, in the place of what an earlier save left.
+
+        A pipeline passes on what it finds in this signature: the size of shards, and always safetensors.
+        """
         remove_weights(Path(save_directory))
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, max_shard_size=max_shard_size, **kwargs)
 
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:

@@ -48,7 +48,8 @@ def by_the_equations(unet: Any, noisy: Tensor, timesteps: Tensor, read: Tensor) 
     plain.load_state_dict(unet.state_dict())
     mask = DenseMask(noisy.shape[1], None if own else read)
     processors: dict[str, Any] = dict(plain.attn_processors)
-    plain.set_attn_processor(processors | {name: mask for name in processors if ".attn2." in name})
+    processors |= {name: mask for name in processors if ".attn2." in name}
+    plain.set_attn_processor(processors)
     rows, times = noisy.flatten(0, 1), timesteps.flatten()
     if own:
         rows, times = torch.cat([read.flatten(0, 1), rows]), torch.cat([torch.zeros_like(times), times])
