@@ -37,7 +37,7 @@ $(DAGSTER_HOME)/dagster.yaml: orchestration/dagster.yaml
 	@mkdir -p $(@D)
 	@cp $< $@
 
-.PHONY: help install install-dev demo test bench lint format ui lock clean
+.PHONY: help install install-dev demo test test-services bench lint format ui lock clean
 
 install: $(VENV)/.installed ## what the project needs, into .venv
 install-dev: $(VENV)/.installed-dev ## and what its developers need
@@ -53,6 +53,9 @@ test: install-dev ## the tests
 
 bench: install ## the promises of speed, memory and exactness, measured (benchmarks/README.md)
 	@$(RUN) -m benchmarks
+
+test-services: install-dev ## the tests that need a real Slurm: set up on loopback, and taken down after them
+	@trap 'services/slurm/down.sh' EXIT; services/slurm/up.sh && $(RUN) -m pytest tests/orchestration/test_slurm.py
 
 lint: install-dev ## style and types
 	@$(RUN) -m ruff check .

@@ -12,12 +12,13 @@ import contextlib
 import hashlib
 import json
 import math
+import re
 import shutil
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import dagster as dg
@@ -42,6 +43,7 @@ JOB_TAG = "m2m/slurm_job"
 _LINES_KEPT = 40
 _FIRST_POLL = 0.2  # seconds; grows to `poll_seconds`
 _SIGTERM = -15
+_TOO_LARGE = re.compile(r"slurmstepd.*(exceeded .*memory|oom.?kill)", re.IGNORECASE)  # where it is no state of its own
 _GOING = [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.CANCELING]
 
 
@@ -101,7 +103,7 @@ class SlurmLauncher(dg.ConfigurableResource):
             except BaseException:
                 self._end(context, wanted, folder)
                 raise
-        code, why = _outcome(stage, asked, job, ends)
+        code, why = _outcome(stage, asked, job, ends, last_lines)
         told = {
             "slurm_job": dg.MetadataValue.text(job),
             "slurm_files": dg.MetadataValue.path(str(folder.path)),
@@ -293,13 +295,16 @@ class _Found:
     folder: JobFolder
 
 
-def _outcome(stage: Stage, asked: Resources, job: str, ends: Sequence[Task]) -> tuple[int, str | None]:
+def _outcome(
+    stage: Stage, asked: Resources, job: str, ends: Sequence[Task], last_lines: Iterable[str]
+) -> tuple[int, str | None]:
     """The job's end as a command's: an exit code, and why where Slurm knows that better."""
     own = [task for task in ends if not _goes_on(task) and task.state != "COMPLETED"]
     if own:
         end = own[0]
         kept = "what is whole is kept"
-        match end.state:
+        too_large = end.exit_code == -9 and any(_TOO_LARGE.search(line) for line in last_lines)
+        match "OUT_OF_MEMORY" if too_large else end.state:
             case "OUT_OF_MEMORY":
                 more = f"it asked for {asked.memory_gb:g} GB a node: raise {stage.command}.resources.memory_gb"
                 return -9, f"{stage.key} ran out of memory (job {job}); {more}"

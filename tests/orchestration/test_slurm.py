@@ -14,7 +14,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 from slurm_ground import CONF, ROOT, jobs, needs_slurm, slurm
-from toy_slurm_definitions import LAUNCHER
+from toy_slurm_definitions import LAUNCHER, toy_launcher
 
 from m2m.config import load_profile
 from orchestration.definitions import build_defs
@@ -110,10 +110,10 @@ def test_a_stage_is_a_job_with_what_it_asks_for(materialize, capfd):
         seen.append(slurm("scontrol", "-o", "show", "job", slurm("squeue", "-h", "--me", "-o", "%A")))
 
     result = materialize(
-        act="nap", resources="{gpus: 2, gpu_type: a100, cpus: 3, memory_gb: 1.5, hours: 0.5}", meanwhile=look
+        act="nap", resources="{gpus: 1, gpu_type: a100, cpus: 3, memory_gb: 1.5, hours: 0.5}", meanwhile=look
     )
     assert result.success and said(result)["files"] == 1 and str(said(result)["slurm_job"]).isdigit()
-    for asked in ("gres:gpu:a100:2", "CPUs/Task=1", "MinMemoryNode=1536M", "TimeLimit=00:30:00", "NumNodes=1"):
+    for asked in ("gres:gpu:a100:1", "CPUs/Task=3", "MinMemoryNode=1.50G", "TimeLimit=00:30:00", "NumNodes=1"):
         assert asked in seen[0]
     printed = capfd.readouterr()
     assert "filter-captions on stdout" in printed.out and "filter-captions on stderr" in printed.err
@@ -142,7 +142,7 @@ def test_shards_are_the_tasks_of_one_array(materialize, ground):
 
 def test_fewer_tasks_than_shards_share_them(materialize):
     assert materialize().success
-    result = materialize("mis_shards", launcher=LAUNCHER.model_copy(update={"shards_per_task": 2}))
+    result = materialize("mis_shards", launcher=toy_launcher(shards_per_task=2))
     assert result.success and said(result, "mis_shards")["files"] == 3
 
 
@@ -167,7 +167,7 @@ def test_stopped_after_a_checkpoint_it_is_submitted_again(materialize):
     assert result.success and retries(result) == 1
 
 
-def test_too_much_memory_is_told_as_that(materialize, asleep):
+def test_too_much_memory_is_told_as_that(materialize):
     result = materialize(act="hog", resources="{memory_gb: 0.3}")
     assert "ran out of memory" in why(result) and "filter-captions.resources.memory_gb" in why(result)
 
@@ -183,6 +183,7 @@ def test_cancelled_on_the_cluster_it_is_a_failure(materialize, asleep):
 
 
 def take_away(how: str) -> None:
+    """And let it start at once: Slurm leaves a job that it took back in the queue for two minutes."""
     job = slurm("squeue", "-h", "--me", "-o", "%A")
     node = slurm("squeue", "-h", "--me", "-o", "%N")
     match how:
@@ -195,13 +196,13 @@ def take_away(how: str) -> None:
             slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
             time.sleep(1)
             slurm("scontrol", "update", f"nodename={node}", "state=resume")
+    wait_for(lambda: slurm("squeue", "-h", "-j", job, "-o", "%T") == "PENDING")
+    slurm("scontrol", "update", f"jobid={job}", "starttime=now")
 
 
 @pytest.mark.parametrize("how", ["requeued", "preempted", "node lost"])
 def test_taken_away_it_goes_on(materialize, asleep, ground, how):
-    result = materialize(
-        act="sleep once", resources="{gpus: 1}", meanwhile=lambda: (asleep(), take_away(how)), launcher=LAUNCHER
-    )
+    result = materialize(act="sleep once", resources="{gpus: 1}", meanwhile=lambda: (asleep(), take_away(how)))
     assert result.success and len(result.asset_materializations_for_node(ASSET)) == 1
     assert retries(result) == 0  # Slurm itself has put it back into the queue
 
@@ -235,19 +236,20 @@ def test_a_scheduler_that_dies_is_waited_for(materialize, asleep):
     ],
 )
 def test_what_the_cluster_can_not_give_is_told_at_launch(materialize, launcher, resources, reason):
-    result = materialize(launcher=LAUNCHER.model_copy(update=launcher), resources=resources)
+    result = materialize(launcher=toy_launcher(**launcher), resources=resources)
     assert reason in why(result) and "gpu:a100:8" in why(result)  # and what there is
     wait_for(lambda: not jobs(), 10)
 
 
 def test_a_missing_environment_is_named(materialize):
-    result = materialize(launcher=LAUNCHER.model_copy(update={"command": ["/no/such/python", "-m", "m2m"]}))
+    result = materialize(launcher=toy_launcher(command=["/no/such/python", "-m", "m2m"]))
     assert "has no /no/such/python" in why(result) and "the launcher's command or setup" in why(result)
 
 
 def test_without_slurm_the_launcher_says_so(materialize, monkeypatch):
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert "this machine has no sbatch" in why(materialize())
+    with monkeypatch.context() as without:
+        without.setenv("PATH", "/nowhere")
+        assert "this machine has no sbatch" in why(materialize())
 
 
 @contextlib.contextmanager
@@ -255,8 +257,10 @@ def dagster(ground, act: str) -> Iterator[subprocess.Popen[bytes]]:
     """`dagster job execute`, its first stage doing `act`."""
     (ground.folder / "launch.json").write_text(json.dumps({"ops": {ASSET: {"config": {"overrides": [f"act={act}"]}}}}))
     process = subprocess.Popen(
-        [sys.executable, "-m", "dagster", "job", "execute", "-m", "toy_slurm_definitions", "-j", "data_job"]
-        + ["--config", str(ground.folder / "launch.json")],
+        [
+            *(sys.executable, "-m", "dagster", "job", "execute", "-m", "toy_slurm_definitions", "-j", "data_job"),
+            *("--config", str(ground.folder / "launch.json")),
+        ],
         env=ground.environment | {"SLURM_CONF": str(CONF)},
         cwd=ground.folder,
         stdout=subprocess.DEVNULL,
@@ -275,29 +279,30 @@ def instance(ground) -> Iterator[dg.DagsterInstance]:
         yield found
 
 
-@pytest.mark.parametrize("act", ["sleep", "sleep deaf"])
-def test_a_cancelled_run_takes_its_job_with_it(ground, asleep, act):
+@pytest.mark.parametrize(("act", "grace"), [("sleep", 0), ("sleep deaf", LAUNCHER.grace_seconds)])
+def test_a_cancelled_run_takes_its_job_with_it(ground, asleep, act, grace):
     with dagster(ground, act) as run:
         asleep()
         run.send_signal(signal.SIGINT)
         seconds = wait_for(lambda: not jobs(), 20)
         print(f"{act}: cancel to job gone {seconds:.2f} s")
-        assert seconds <= 5  # two of them are the launcher's grace here
+        assert seconds <= 5 + grace
         assert run.wait(30) != 0
 
 
 def test_a_job_whose_run_was_killed_is_taken_up_and_not_launched_twice(ground, asleep):
-    with dagster(ground, "nap") as run:
+    tag = f"{JOB_TAG}/{ASSET}"
+    with dagster(ground, "wait") as run:
         asleep()
         run.kill()
         run.wait()
     assert jobs() == ["RUNNING"]
-    with dagster(ground, "nap") as again:
+    with dagster(ground, "wait") as again, instance(ground) as found:
+        wait_for(lambda: len(found.get_runs()) == 2 and tag in found.get_runs(limit=1)[0].tags)
+        (ground.outputs / "wake").touch()
         assert again.wait(120) == 0
-    with instance(ground) as found:
         newest, killed = found.get_runs()
         assert newest.status == dg.DagsterRunStatus.SUCCESS
-        tag = f"{JOB_TAG}/{ASSET}"
         assert newest.tags[tag] == killed.tags[tag]
         assert LAUNCHER.end_orphans(found) == [] and fail_lost_runs(found) == [killed.run_id]
 

@@ -42,6 +42,10 @@ def toy(config: Toy, run: StageRun) -> None:
             raise ZeroDivisionError("a bug")
         case "sleep" | "sleep deaf":
             _sleep(run, 60, deaf=config.act == "sleep deaf")
+        case "wait":
+            _sleep(run, 0)
+            while not (run.profile.outputs / "wake").exists():
+                time.sleep(0.1)
         case "nap":
             _sleep(run, 8)
         case "sleep once" | "sleep deaf once" if not (run.out / "checkpoint").exists():
