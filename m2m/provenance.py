@@ -54,7 +54,7 @@ class Made:
     def each(self) -> Iterator["Made"]:
         """This output and everything behind it, each once, the nearest first."""
         seen: dict[str, Made] = {}
-        waiting = [self]
+        waiting: list[Made] = [self]
         while waiting:
             made = waiting.pop(0)
             if made.key not in seen:
