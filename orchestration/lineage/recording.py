@@ -79,6 +79,10 @@ class RecordingLauncher:
                 result = result._replace(metadata={**(result.metadata or {}), **told})
             yield result
 
+    def end_orphans(self, instance: dg.DagsterInstance) -> list[str]:
+        """See `assets_defs.launching.Launcher`."""
+        return self.launcher.end_orphans(instance)
+
     def _record(
         self, context: dg.AssetExecutionContext, stage: Stage, launch: Launch, before: object
     ) -> dict[str, Any]:

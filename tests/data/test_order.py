@@ -39,7 +39,7 @@ class Numbers(torch.utils.data.Dataset):
 
 def read_by(ranks: int, workers: int, first: int = 0) -> list[list[int]]:
     """The global batches, in order, as `ranks` processes with `workers` data workers each read them."""
-    settings = TrainingSettings(batch=16, micro_batch=2, epochs=2, seed=5)
+    settings = TrainingSettings.model_validate({"batch": 16, "micro_batch": 2, "epochs": 2, "seed": 5})
     shares = []
     for rank in range(ranks):
         plan = BatchPlan(settings, sets=100, per_shard=7, processes=ranks, process=rank)

@@ -4,15 +4,16 @@ import argparse
 
 import numpy as np
 import pytest
+import torch
 
 from m2m.errors import ArtifactError, InputError
 from m2m.evaluation import compare
-from m2m.evaluation.per_set import PER_SET, Metric, PerSet, jackknife, ratio_values, read_per_set
+from m2m.evaluation.per_set import PER_SET, Better, Metric, PerSet, jackknife, ratio_values, read_per_set
 
 HEADLINE = compare.HEADLINES[0]
 
 
-def _metric(values, better="higher", units=None) -> Metric:
+def _metric(values, better: Better = "higher", units=None) -> Metric:
     values = np.asarray(values, float)
     return Metric(values, np.arange(len(values)) if units is None else units, better)
 
@@ -129,7 +130,7 @@ def test_a_ratios_values_have_its_mean_and_its_error():
     for _ in range(400):
         cases = drawn.integers(0, 4, 100).astype(float)
         hits = drawn.binomial(cases.astype(int), 0.7).astype(float)
-        values = ratio_values(hits, cases)
+        values = ratio_values(torch.from_numpy(hits), torch.from_numpy(cases))
         assert values.mean() == pytest.approx(hits.sum() / cases.sum())
         ratios.append(values.mean())
         errors.append(values.std(ddof=1) / 10)

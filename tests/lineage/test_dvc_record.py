@@ -259,6 +259,9 @@ class Here:
         self.during()
         yield dg.MaterializeResult(metadata={"seconds": 1})
 
+    def end_orphans(self, instance) -> list[str]:
+        return []
+
 
 def materialize(launcher: RecordingLauncher, key: str, **launch) -> dict:
     @dg.asset(name="made")
