@@ -21,7 +21,7 @@ def main() -> int:
     seconds, cpu = time.perf_counter() - started, time.process_time()
     taken = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     del order
-    plan = BatchPlan(TrainingSettings(), SETS, 1000, processes=8, process=3)
+    plan = BatchPlan(TrainingSettings.model_validate({}), SETS, 1000, processes=8, process=3)
     next(plan.reading_order(SETS // 256 - 2))
     plan_cpu = time.process_time() - cpu
     total = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024

@@ -69,10 +69,8 @@ class Costs:
 
     def _image_sets(self, config: Any) -> Cost:
         dtype, source = _dtype(config), config.text_to_image
-        unet, vae, text = (
-            make(source, self._root, dtype)
-            for make in (counted.text_to_image_unet, counted.autoencoder, counted.text_encoder)
-        )
+        unet = counted.text_to_image_unet(source, self._root, dtype)
+        vae, text = counted.autoencoder(source, self._root, dtype), counted.text_encoder(source, self._root, dtype)
         side = _latent_side(config, unet, vae)
         sets, images, channels = _sets(config), config.images_per_set, unet.config["in_channels"]
         branches = 2 if config.guidance_scale > 1 else 1
@@ -243,7 +241,7 @@ class Costs:
                 condition,
                 **source.own_unet_settings(),
             )
-        return torch.nn.Module.to(unet, dtype).eval()
+        return unet.to(dtype=dtype).eval()
 
     def _tokens_of(self, source: Any) -> int:
         return _tokens(source, counted.image_encoder(source.dino, self._root, torch.float32))

@@ -65,7 +65,7 @@ def autoencoder(source: str, root: Path, dtype: torch.dtype) -> AutoencoderKL:
 def text_encoder(source: str, root: Path, dtype: torch.dtype) -> CLIPTextModel:
     folder = resolve(source, root)
     config = read_json(folder / "text_encoder" / "config.json") if folder.is_dir() else _SD21_TEXT
-    return _on_meta(lambda: CLIPTextModel(CLIPTextConfig(**config)), dtype)
+    return _on_meta(lambda: CLIPTextModel(CLIPTextConfig.from_dict(dict(config))), dtype)
 
 
 def image_encoder(source: str, root: Path, dtype: torch.dtype) -> Dinov2Model:

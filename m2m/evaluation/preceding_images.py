@@ -86,7 +86,7 @@ def evaluate_preceding_images(config: PrecedingImages, run: StageRun) -> None:
     told = _Told(config, run, _shared_rates(run) if reader else {})
     for name, sampler in samplers(config, run):
         trials = _draw_trials(config, sampler.size) if reader else _test_sets(config, run, sampler)
-        if reader and not told.rows:
+        if reader and trials.sets and not told.rows:
             # planted models have no guidance, and their pictures did not go through the autoencoder
             accuracy = _reading_accuracy(lambda pictures: pictures, trials, reader)
             for kind in PLANTED:

@@ -117,7 +117,7 @@ def generate_sets(config: GenerateSets, run: StageRun) -> None:
 
     def fill(shard: PlannedShard[pd.DataFrame], writer: ShardWriter) -> None:
         label = f"shard {shard.number + 1} of {config.shards}"
-        for row in run.progress.each(shard.content.to_dict("records"), unit="set", label=label):
+        for row in run.progress.each(shard.content.to_dict(orient="records"), unit="set", label=label):
             key = f"{row['id']:09d}"
             try:
                 writer.add(key, maker.files(row))
