@@ -241,7 +241,8 @@ class Costs:
                 condition,
                 **source.own_unet_settings(),
             )
-        return unet.to(dtype=dtype).eval()
+        torch.nn.Module.to(unet, dtype)
+        return unet.eval()
 
     def _tokens_of(self, source: Any) -> int:
         return _tokens(source, counted.image_encoder(source.dino, self._root, torch.float32))

@@ -128,7 +128,8 @@ def generate_sets(config: GenerateSets, run: StageRun) -> None:
 
     def retry(shard: PlannedShard[pd.DataFrame], keys: Sequence[str]) -> dict[str, Mapping[str, bytes]]:
         found: dict[str, Mapping[str, bytes]] = {}
-        for row in shard.content[shard.content["id"].isin([int(key) for key in keys])].to_dict("records"):
+        again = shard.content.loc[shard.content["id"].isin([int(key) for key in keys])]
+        for row in again.to_dict(orient="records"):
             with contextlib.suppress(SetFailed, SetDropped):
                 found[f"{row['id']:09d}"] = maker.files(row)
         return found
