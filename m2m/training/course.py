@@ -16,7 +16,6 @@ from accelerate import Accelerator
 
 from m2m.artifacts import write_json
 from m2m.pipelines.many_to_many import ManyToManyPipeline
-from m2m.pipelines.model_card import CardFacts
 from m2m.stage_run import StageRun
 from m2m.training.acceleration import open_accelerator
 from m2m.training.encoding import pictures_of
@@ -136,7 +135,6 @@ def take(
             save_lora(pipeline.unet, run.out)
         merge_lora(pipeline.unet)
     if main:
-        pipeline.card = CardFacts(initialised_from=started_from)
         save_pipeline(pipeline, run.out)
         _draw_sample(settings, pipeline, sets, picture, accelerator, run)
     run.count(sets=len(sets.training), steps=len(log))

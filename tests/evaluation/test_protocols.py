@@ -117,7 +117,8 @@ def test_clip_scores_are_torchmetrics_own_with_the_model_itself(small_world):
     metric = CLIPScore(lambda: (Model(), processor))  # type: ignore[arg-type,return-value]
     metric.update(list(pictures), captions)
     ours = clip_scores(clip.pictures(pictures), clip.texts(captions)).mean().item()
-    assert ours == pytest.approx(metric.compute().item(), abs=1e-5)
+    theirs = metric.score / metric.n_samples  # compute() puts a floor of 0 under it, and random towers go below
+    assert ours == pytest.approx(float(theirs), abs=1e-5)
 
 
 def test_pictures_of_any_size_are_seen_whole_by_their_middle(small_world):
