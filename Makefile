@@ -10,7 +10,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 export DAGSTER_HOME ?= $(CURDIR)/.dagster
 export M2M_PROFILE ?= $(PROFILE)
-# modules are compiled when they are first imported: most of a gigabyte of packages never is
+# modules are compiled when they are first imported, and kept: most of a gigabyte of packages never is
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(RUN) -m pip --disable-pip-version-check install -qq --no-compile --no-deps
 
 help: ## this list
