@@ -85,7 +85,8 @@ def test_costs_grow_with_the_work():
     tiny = load_profile("tiny")
     costs = {}
     for shards in (2, 4):
-        sections = {**tiny.sections, "generate-sets": {**tiny.sections["generate-sets"], "shards": shards}}
+        settings = {**tiny.sections["generate-sets"], "shards": shards, "sets_per_shard": 16}
+        sections = {**tiny.sections, "generate-sets": settings}
         found = Costs(Profile(tiny.path, sections, tiny.outputs, root=tiny.root)).of(STAGES["generate-sets"])
         costs[shards] = found
         unet = sum(
