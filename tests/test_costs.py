@@ -85,7 +85,7 @@ def test_costs_grow_with_the_work():
     tiny = load_profile("tiny")
     costs = {}
     for shards in (2, 4):
-        settings = {**tiny.sections["generate-sets"], "shards": shards, "sets_per_shard": 16}
+        settings = {**tiny.sections["generate-sets"], "shards": shards, "sets_per_shard": 16, "per_split": None}
         sections = {**tiny.sections, "generate-sets": settings}
         found = Costs(Profile(tiny.path, sections, tiny.outputs, root=tiny.root)).of(STAGES["generate-sets"])
         costs[shards] = found
