@@ -130,7 +130,7 @@ def train_many_to_many(
     )
     out = weights / name
     unet.half().save_pretrained(out / "unet")
-    command = f"python -m m2m.tiny m2m {variant} --steps {steps} --sets {sets} --timesteps {timesteps}"
+    command = f"python -m m2m.tiny m2m {variant} --steps {steps} --sets {sets} --timesteps {timesteps} --seed {seed}"
     (out / "made_by.json").write_text(json.dumps({"command": command}) + "\n")
     shutil.copyfile(work / "training_log.jsonl", out / "training_log.jsonl")
     return out
