@@ -79,6 +79,7 @@ class _Joint:
 
     sets: int
     images: int
+    copies: int = 1
 
     def shift(self, layer: int) -> None:
         return None

@@ -123,8 +123,7 @@ _ALL = [
             "models",
             "pytorch diffusers",
             variant=variant,
-            # 2: gradients are summed over fewer rows, as the clean stream ends at the last attention: other last bits
-            version=2 if variant == "self" else 1,
+            version=2,
             inputs={"sets": "generate-sets", **({"features": "cache-features"} if variant == "dino" else {})},
             checks=("loss_finite", "weights_finite"),
         )
@@ -142,6 +141,7 @@ _ALL = [
             "models",
             "pytorch diffusers",
             variant=variant,
+            version=2,
             inputs={"base": "pretrain@dino"},
             checks=("loss_finite", "weights_finite"),
         )

@@ -78,7 +78,7 @@ def chosen_attention(q: Tensor, k: Tensor, v: Tensor, reads: Reads) -> Tensor:
 
 
 def as_reads(keep: Tensor) -> Reads:
-    """Which images are read, from (sets, images, images - 1) bool; whatever it says of an image's own and later ones."""
+    """Which images are read, of (sets, images, images - 1) bool; whatever it says of an image's own and later ones."""
     return [[_as_slice([j for j in range(i) if row[j]]) for i, row in enumerate(rows)] for rows in keep.tolist()]
 
 
@@ -108,6 +108,11 @@ class Reading(Protocol):
 
     def attend(self, attention: "ImageSetAttention", hidden: Tensor) -> Sequence[Tensor | Nothing]:
         """The result before `to_out`: (rows, tokens, width) -> parts of it, (some rows, tokens, inner width)."""
+        ...
+
+    @property
+    def copies(self) -> int:
+        """How many equal parts the batch has before the first attention."""
         ...
 
     def going_on(self, hidden: Tensor) -> Tensor:
@@ -190,6 +195,10 @@ class ImageSetAttention(nn.Module):
 class _Conditioned:
     shifts: Sequence[Tensor] | None = field(default=None, kw_only=True)
 
+    @property
+    def copies(self) -> int:
+        return 1
+
     def shift(self, layer: int) -> Tensor | None:
         return None if self.shifts is None else self.shifts[layer]
 
@@ -253,9 +262,13 @@ class Recording(_Conditioned):
 
 @dataclass(frozen=True)
 class FromContexts(_Conditioned):
-    """A denoising pass: equal parts of the batch each read a context of their own, or none."""
+    """A denoising pass: equal parts of the batch, the same noisy images, each read a context of their own, or none."""
 
     contexts: Sequence[KeptContext | None]
+
+    @property
+    def copies(self) -> int:
+        return len(self.contexts)
 
     def attend(self, attention: ImageSetAttention, hidden: Tensor) -> Sequence[Tensor | Nothing]:
         parts = hidden.chunk(len(self.contexts))

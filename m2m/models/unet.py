@@ -15,7 +15,6 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from m2m.errors import ConfigError, InputError
-from m2m.models.clean_stream import end_clean_stream
 from m2m.models.conditions import ConditionEmbedder
 from m2m.models.context import Context
 from m2m.models.image_set_attention import (
@@ -30,6 +29,7 @@ from m2m.models.image_set_attention import (
 from m2m.models.int8_context import KeptContext
 from m2m.models.origin import Origin, many_to_many_config, model_from, new_model
 from m2m.models.saved import FORMAT_VERSION, SavedStrictly, config_keys
+from m2m.models.spared_rows import spare_rows
 
 VARIANTS = {"self": "M2M-Self", "dino": "M2M-DINO"}
 Variant = Literal["self", "dino"]
@@ -109,7 +109,7 @@ class ManyToManyUNet(SavedStrictly, UNet2DConditionModel):
                 setattr(module, "attn2", layers[-1])  # noqa: B010 (declared as an Attention there)
         if not layers:
             raise ConfigError("the U-Net has no cross-attention block to put Image-Set Attention into")
-        end_clean_stream(self)
+        spare_rows(self)
         # a tuple, so that the layers are not registered a second time
         self._image_set_layers: tuple[ImageSetAttention, ...] = tuple(layers)
         if condition is not None:

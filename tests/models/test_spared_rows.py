@@ -1,4 +1,4 @@
-"""The clean stream ends where nobody reads on: fewer rows, the same predictions, contexts and gradients."""
+"""Fewer rows at the U-Net's beginning and end, the same predictions, contexts and gradients."""
 
 from contextlib import contextmanager
 
@@ -12,13 +12,16 @@ from tests.models.conftest import SMALL
 
 
 @contextmanager
-def to_the_end(unet: ManyToManyUNet):
-    """The U-Net as diffusers has it: all rows go on to its end."""
-    transformer = unet.up_blocks[-1].attentions[-1]
-    ending = type(transformer), type(transformer.transformer_blocks[-1])
-    transformer.__class__, transformer.transformer_blocks[-1].__class__ = Transformer2DModel, BasicTransformerBlock
+def all_rows(unet: ManyToManyUNet):
+    """The U-Net as diffusers has it: all rows go from its beginning to its end."""
+    kinds = [(module, type(module)) for module in unet.modules()]
+    for module, _ in kinds:
+        for plain in (Transformer2DModel, BasicTransformerBlock):
+            if isinstance(module, plain):
+                module.__class__ = plain
     yield
-    transformer.__class__, transformer.transformer_blocks[-1].__class__ = ending
+    for module, kind in kinds:
+        module.__class__ = kind
 
 
 @pytest.fixture
@@ -64,17 +67,37 @@ def test_predictions_and_gradients_are_those_of_the_whole_stream(
         return [predicted, *(parameter.grad.clone() for parameter in unet.parameters())]
 
     found = trained()
-    with to_the_end(unet):
+    with all_rows(unet):
         expected = trained()
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("variant", "condition"), [("self", None), ("dino", "camera")])
+def test_branches_part_at_the_first_attention(make_unet, make_sets, variant, condition):
+    unet, given = make_unet(variant, condition), make_sets(variant, condition)
+    read, pose = (given["clean"] if variant == "self" else given["features"]), given.get("condition", [None] * 4)
+    context = unet.encode_context(read[:, :3], None if condition is None else pose[:, :3])
+    of_target = None if condition is None else pose[:, 3]
+    block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    seen: list[int] = []
+    for part in (block.attn1, block.attn2):
+        part.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    branches = [(None, None), (context, None), (context, of_target)]
+    found = unet.denoise_branches(given["noisy"][:, 3], 300, branches)
+    assert seen == [2, 6]
+    with all_rows(unet):
+        expected = unet.denoise_branches(given["noisy"][:, 3], 300, branches)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_a_context_is_the_whole_stream_s_bit_by_bit(make_unet, make_sets):
     unet, clean = make_unet("self"), make_sets("self")["clean"]
     found = unet.encode_context(clean)
-    with to_the_end(unet):
+    with all_rows(unet):
         expected = unet.encode_context(clean)
     for one, other in zip(found.keys + found.values, expected.keys + expected.values, strict=True):
         assert torch.equal(one, other)
