@@ -1,7 +1,7 @@
-"""Several processes that make one output together, as torchrun and `accelerate launch` start them.
+"""Several processes that make one output together, as `--processes`, torchrun and `accelerate launch` start them.
 
 Belongs here: who leads, telling the others, that an error of the leader stops those who wait for it. Not here: how
-they share the work (`m2m.training`), starting them.
+they share the work (`m2m.training`), starting them (`m2m.ranks`, clusters).
 """
 
 import contextlib
@@ -17,7 +17,7 @@ _PATIENCE = timedelta(hours=2)  # for what the leader does alone: waiting for a 
 
 
 def count() -> int:
-    """How many processes were started together: torchrun's WORLD_SIZE, or one."""
+    """How many processes were started together: WORLD_SIZE, as torchrun has it, or one."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
@@ -29,6 +29,7 @@ def leads() -> bool:
 @dataclass(frozen=True)
 class _Failed:
     why: str
+    code: int | None = None  # of a leader that was asked to stop
 
 
 class Team:
@@ -51,8 +52,11 @@ class Team:
 
         Raises:
             M2MError: the leader has failed.
+            SystemExit: it was asked to stop; with its exit code.
         """
         word = _broadcast(None)
+        if isinstance(word, _Failed) and word.code is not None:
+            raise SystemExit(word.code)
         if isinstance(word, _Failed):
             raise M2MError(f"the leading process has stopped: {word.why}")
         return word
@@ -64,7 +68,8 @@ class Team:
             yield
         except BaseException as error:
             if self._heard:
-                self.tell(_Failed(str(error)))
+                asked = isinstance(error, SystemExit) and isinstance(error.code, int)
+                self.tell(_Failed(str(error), error.code if asked else None))
             raise
 
     @contextlib.contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor
 from m2m.errors import InputError
 from m2m.models.int8_context import Int8Context, KeptContext
 from m2m.models.unet import ManyToManyUNet
+from m2m.pipelines.context_noise import ContextNoise
 
 
 class PrecedingImages:
@@ -24,6 +25,7 @@ class PrecedingImages:
         with_condition: bool = False,
         without_condition: bool = True,
         int8: bool = False,
+        noise: ContextNoise | None = None,
     ) -> None:
         """
         Args:
@@ -31,6 +33,7 @@ class PrecedingImages:
             sink: how many of them are always the first ones; the others are the newest.
             with_condition, without_condition: which of the two contexts guidance will ask for.
             int8: keep contexts in bytes.
+            noise: of what is read of images; None: none.
 
         Raises:
             InputError: a window that can't hold its sink, or int8 for a model that keeps nothing from step to step.
@@ -49,7 +52,7 @@ class PrecedingImages:
                 "int8_context: this model's clean images share the timestep of the noisy ones (clean_timestep is "
                 "None), so that there is no context to keep from step to step"
             )
-        self._int8 = int8
+        self._int8, self._noise = int8, noise
         self._clean: Tensor | None = None
         self._conditions: Tensor | None = None
 
@@ -69,8 +72,11 @@ class PrecedingImages:
             if condition is not None:
                 self._conditions = self._windowed(_joined(self._conditions, condition))
             return
+        told = None
+        if self._noise is not None:
+            clean, told = self._noise.on(clean), self._noise.timestep
         for kind in self._kinds:
-            newer = self._unet.encode_context(clean, condition if kind else None)
+            newer = self._unet.encode_context(clean, condition if kind else None, clean_timestep=told)
             if self._int8:
                 newer = Int8Context.of(newer)
             older: Any = self._contexts.get(kind)  # of the kind of `newer`
