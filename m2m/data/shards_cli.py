@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from m2m.config import Profile
+from m2m.data.shard_reader import ShardReader
 from m2m.data.shard_repair import find_damage, repair, shard_numbers
-from m2m.data.shards import FOLDER, ShardReader, read_record
+from m2m.data.shards import FOLDER, read_record
 from m2m.errors import ArtifactError, ConfigError
 from m2m.progress import open_progress
 from m2m.stages import STAGES, Stage

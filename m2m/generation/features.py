@@ -30,7 +30,8 @@ from m2m.data.sets import (
     read_index,
     write_index,
 )
-from m2m.data.shards import ShardReader, ShardWriter, npy_bytes, read_record
+from m2m.data.shard_reader import ShardReader
+from m2m.data.shards import ShardWriter, npy_bytes, read_record
 from m2m.errors import ArtifactError, InputError
 from m2m.generation.image_sets import decode_pictures
 from m2m.generation.shard_work import (

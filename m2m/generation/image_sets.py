@@ -23,7 +23,8 @@ from m2m.artifacts import write_bytes
 from m2m.config import Compute, ModelSource, StageConfig, is_hub_id, resolve
 from m2m.data.captions import SPLITS, caption_shards, count_captions
 from m2m.data.sets import LATENTS, ImageSets, SetsIndex, SetTable, picture_name, write_index
-from m2m.data.shards import ShardReader, ShardWriter, npy_bytes
+from m2m.data.shard_reader import ShardReader
+from m2m.data.shards import ShardWriter, npy_bytes
 from m2m.errors import ArtifactError, ConfigError, InputError
 from m2m.generation.noise import keyed_normal, namespaced
 from m2m.generation.shard_work import (

@@ -9,7 +9,7 @@ from transformers import BitImageProcessor, Dinov2Model
 from m2m.artifacts import read_summary
 from m2m.config import Compute, load_profile
 from m2m.data.sets import ImageSets, TrainingSets
-from m2m.data.shards import shard_faults
+from m2m.data.verified import shard_faults
 from m2m.errors import InputError
 from m2m.generation.features import IMAGENET_MEAN, IMAGENET_STD, CacheFeatures, DinoEncoder, dino_preprocess
 from m2m.progress import Progress

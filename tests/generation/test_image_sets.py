@@ -18,7 +18,9 @@ from PIL import Image
 from m2m.cli import main
 from m2m.config import load_profile
 from m2m.data.sets import ImageSets
-from m2m.data.shards import ShardReader, read_record, shard_faults
+from m2m.data.shard_reader import ShardReader
+from m2m.data.shards import read_record
+from m2m.data.verified import shard_faults
 from m2m.errors import CheckFailed, ConfigError, InputError
 from m2m.generation.image_sets import GenerateSets, SetMaker
 from m2m.progress import Progress
