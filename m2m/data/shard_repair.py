@@ -88,11 +88,11 @@ def repair(
             lie elsewhere.
     """
     progress = progress or Progress()
-    if (there := artifacts.read_elsewhere(out)) is not None:
-        raise ArtifactError(f"{out}: its tars lie at {there.url}: repair them where they were made, and attach again")
     damage = find_damage(out, numbers)
     if not damage:
         return damage
+    if (there := artifacts.read_elsewhere(out)) is not None:
+        raise ArtifactError(f"{out}: its tars lie at {there.url}: repair them where they were made, and attach again")
     manifest = artifacts.read_manifest(out)
     _require_same_work(stage, profile, out, manifest, overrides)
     run = StageRun(stage, profile, out, {}, "", progress)

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 from m2m.artifacts import read_elsewhere
 from m2m.data.block_cache import BlockCache
 from m2m.data.shards import FOLDER, ShardPaths
-from m2m.errors import ArtifactError, ConfigError
+from m2m.errors import ArtifactError, ConfigError, M2MError
 
 BLOCK = 1 << 20
 """Bytes that are asked for at a time: a set's latents at the paper's size, as one request costs more than its bytes."""
@@ -85,11 +85,14 @@ class RemoteTar:
 
     @cached_property
     def _info(self) -> dict[str, Any]:
-        return self._asked("its size", lambda: self._file_system.info(self._path))
+        return _asked(self.url, "its size", lambda: self._file_system.info(self._path))
 
     @cached_property
     def size(self) -> int:
-        return int(self._info["size"])
+        size = self._info.get("size")
+        if size is None:
+            raise ArtifactError(f"{self.url}: the store does not say how long it is: ranges of it can't be read")
+        return int(size)
 
     @cached_property
     def state(self) -> str:
@@ -132,7 +135,7 @@ class RemoteTar:
                 raise OSError(f"{len(content)} bytes came for {end - start}")
             return content
 
-        return self._asked(f"bytes {start}-{end}", ask)
+        return _asked(self.url, f"bytes {start}-{end}", ask)
 
     @property
     def _file_system(self) -> Any:
@@ -142,11 +145,18 @@ class RemoteTar:
     def _path(self) -> str:
         return _file_system(self.url)[1]
 
-    def _asked(self, what: str, ask: Callable[[], Answer]) -> Answer:
-        return asked(self.url, what, ask)
+
+def read_remote(url: str) -> bytes:
+    """A small file at a URL.
+
+    Raises:
+        ArtifactError: as of `RemoteTar`.
+    """
+    system, path = _file_system(url)
+    return _asked(url, "it", lambda: system.cat_file(path))
 
 
-def asked(url: str, what: str, ask: Callable[[], Answer]) -> Answer:
+def _asked(url: str, what: str, ask: Callable[[], Answer]) -> Answer:
     """A store's answer, asked for again where it fails.
 
     Raises:
@@ -157,8 +167,13 @@ def asked(url: str, what: str, ask: Callable[[], Answer]) -> Answer:
             time.sleep(_FIRST_WAIT * 2 ** (attempt - 1))
         try:
             return ask()
-        except FileNotFoundError:
-            raise ArtifactError(f"{url}: no such file there") from None
+        except M2MError:
+            raise
+        except FileNotFoundError as error:
+            # fsspec says so of web servers whatever they answered
+            if getattr(error.__cause__, "status", 404) == 404:
+                raise ArtifactError(f"{url}: no such file there") from None
+            failed = error.__cause__ or error
         except PermissionError as error:
             raise ArtifactError(f"{url}: may not be read ({error}); look at the store's credentials") from None
         except Exception as error:  # every store's client has its own
