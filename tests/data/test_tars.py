@@ -252,10 +252,8 @@ def test_from_s3_that_fails_every_third_request(tmp_path, monkeypatch):
         config = tmp_path / "configs" / "small.yaml"
         config.write_text("{}")
         assert main(["shards", "attach", "--config", str(config), "--url", "s3://bucket/sets"]) == 0
-        found, expected = (
-            TrainingSets(folder, "train", 5, seed=1)
-            for folder in (tmp_path / "outputs" / "small" / "generate-sets", there)
-        )
+        here = tmp_path / "outputs" / "small" / "generate-sets"
+        found, expected = (TrainingSets(folder, "train", 5, seed=1) for folder in (here, there))
         assert all(torch.equal(found[i]["latents"], expected[i]["latents"]) for i in range(SETS))
         store.fails = lambda number: True
         monkeypatch.setattr(tars, "_ATTEMPTS", 2)  # s3fs itself makes five of each
