@@ -25,7 +25,7 @@ _TRAINED = "models"  # the group of stages that are trained: long, with checkpoi
 # tool name -> (module with `add_arguments(parser)` and `main(args) -> int | None`, one line of help)
 TOOLS = {
     "plan": ("m2m.plan", "what a profile will do and cost, stage by stage"),
-    "shards": ("m2m.data.shards_cli", "list, show, verify or repair shards"),
+    "shards": ("m2m.data.shards_cli", "list, show, verify or repair shards; attach those of a store"),
     "data": ("m2m.data.data_cli", "what real data sets hold, and what of them is set aside and why"),
     "generate": ("m2m.pipelines.generate_cli", "images from images, with a trained model"),
     "compare": ("m2m.evaluation.compare", "two or more reports or evaluations, with confidence intervals"),

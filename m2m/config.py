@@ -30,6 +30,13 @@ class Incidental:
     """Marks a setting that can't change a byte of the result (workers, logging): it is no part of the fingerprint."""
 
 
+class Later:
+    """Marks a setting that came when outputs stood already: left at its default, it is no part of the fingerprint.
+
+    What was made before there was such a choice stays current.
+    """
+
+
 SourcePath = Annotated[Path, Source()]
 """A file or folder of the user's. Relative paths start at the project root (the folder above `configs/`)."""
 ModelSource = Annotated[str, Source()]
@@ -181,7 +188,7 @@ def identity(config: Settings, root: Path) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, info in type(config).model_fields.items():
         value = getattr(config, name)
-        if _marked(info, Incidental):
+        if _marked(info, Incidental) or (_marked(info, Later) and value == info.get_default()):
             continue
         if _marked(info, Source) and value is not None:
             values[name] = source_digest(value, root)

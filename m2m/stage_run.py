@@ -19,7 +19,7 @@ from typing import Any
 from m2m import artifacts, processes
 from m2m.artifacts import Manifest, Summary
 from m2m.config import Profile, resolve
-from m2m.errors import CheckFailed, ConfigError
+from m2m.errors import ArtifactError, CheckFailed, ConfigError
 from m2m.progress import Progress
 from m2m.recall import recall_identity, remember_identity
 from m2m.stages import STAGES, Stage, shard_key
@@ -183,6 +183,11 @@ def _lead(
         function, config = stage.configured(profile, overrides)
         partial = final.with_name(f"{final.name}.partial-{print_[:12]}")
         if current is not None and current.fingerprint == print_ and not whole and not partial.exists():
+            if (there := artifacts.read_elsewhere(final)) is not None:
+                raise ArtifactError(
+                    f"{final} is damaged, and its tars lie at {there.url}: give `python -m m2m shards attach --url "
+                    f"{there.url}` again, or remove the folder to make it anew here"
+                )
             os.rename(final, partial)  # damaged: keep its good parts, finish the rest
         if force:
             shutil.rmtree(partial, ignore_errors=True)
