@@ -21,9 +21,22 @@ def count() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
+def rank() -> int:
+    """This process's number among them, from 0."""
+    return int(os.environ.get("RANK") or 0)
+
+
 def leads() -> bool:
     """Whether this process is the one that locks, writes and speaks."""
-    return int(os.environ.get("RANK") or 0) == 0
+    return rank() == 0
+
+
+def wait_for_all() -> None:
+    """Go on when all of them have come here; of one process alone nothing is asked."""
+    if count() > 1:
+        import torch
+
+        torch.distributed.all_reduce(torch.zeros(1))  # on the CPU, by gloo
 
 
 @dataclass(frozen=True)
@@ -91,6 +104,8 @@ def team() -> Iterator[Team]:
     # words go by gloo, gradients on GPUs by NCCL; Accelerate takes over what is there
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, timeout=_PATIENCE)
+    if torch.cuda.is_available():  # each its own GPU, where there are as many
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
     yield Team()
     torch.distributed.destroy_process_group()  # not after an error: the others may never come
 

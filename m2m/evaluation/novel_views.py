@@ -20,6 +20,7 @@ from m2m.data.objaverse import ObjaverseViews, PosedViews, relative_poses
 from m2m.errors import ConfigError, InputError
 from m2m.evaluation.grids import write_grid
 from m2m.evaluation.measures import cosine, psnr, ssim
+from m2m.evaluation.noises import over_noises
 from m2m.evaluation.per_set import PerSet
 from m2m.evaluation.protocol import EvaluationConfig, Sampler, conclude, each_picture, in_batches
 from m2m.stage_run import StageRun
@@ -45,6 +46,7 @@ class NovelViews(EvaluationConfig):
     )
 
 
+@over_noises
 def evaluate_novel_views(config: NovelViews, run: StageRun) -> None:
     """Generate the last views of held-out objects from the first 1, 2, ... ones, each directly from true views.
 

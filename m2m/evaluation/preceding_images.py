@@ -21,6 +21,7 @@ from m2m.evaluation.encoders import ClassifierBackbone, Clip, Reader
 from m2m.evaluation.grids import write_grid
 from m2m.evaluation.instruments import Tools, prove
 from m2m.evaluation.measures import cosine
+from m2m.evaluation.noises import over_noises
 from m2m.evaluation.per_set import PerSet, ratio_values
 from m2m.evaluation.planted import PLANTED, PlantedSampler, WorldSets
 from m2m.evaluation.protocol import (
@@ -74,6 +75,7 @@ class Agreement:
     reach: float  # the best rate there is
 
 
+@over_noises
 def evaluate_preceding_images(config: PrecedingImages, run: StageRun) -> None:
     """Generate one image after 1, 2, ... preceding ones, with the same noise, without and with guidance.
 

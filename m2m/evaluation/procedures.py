@@ -16,6 +16,7 @@ from m2m.data.vgsi import Procedures
 from m2m.errors import InputError
 from m2m.evaluation.grids import write_grid
 from m2m.evaluation.measures import cosine, psnr
+from m2m.evaluation.noises import over_noises
 from m2m.evaluation.per_set import PerSet
 from m2m.evaluation.protocol import EvaluationConfig, Sampler, conclude, in_batches
 from m2m.generation.noise import keyed_generator, namespaced
@@ -38,6 +39,7 @@ class NextSteps(EvaluationConfig):
     )
 
 
+@over_noises
 def evaluate_procedures(config: NextSteps, run: StageRun) -> None:
     """Generate the next step of held-out procedures and compare it with the true one.
 

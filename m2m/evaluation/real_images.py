@@ -18,6 +18,7 @@ from m2m.data.photo_sets import PhotoSets, load_image
 from m2m.errors import ConfigError, InputError
 from m2m.evaluation.grids import write_grid
 from m2m.evaluation.measures import cosine
+from m2m.evaluation.noises import over_noises
 from m2m.evaluation.protocol import EvaluationConfig, Sampler, conclude, each_picture, in_batches, samplers
 from m2m.generation.noise import keyed_generator, namespaced
 from m2m.stage_run import StageRun
@@ -38,6 +39,7 @@ class RealImages(EvaluationConfig):
     num_images: int = Field(4, ge=1, description="images generated after them (Fig. 5)")
 
 
+@over_noises
 def evaluate_real_images(config: RealImages, run: StageRun) -> None:
     """Continue sets of photographs of one category; compare what comes with that category's and the others' photos.
 

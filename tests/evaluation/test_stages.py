@@ -13,9 +13,9 @@ from m2m.artifacts import Manifest
 from m2m.config import source_digest
 from m2m.errors import ArtifactError, ConfigError, InputError
 from m2m.evaluation import protocol
+from m2m.evaluation.page import cell
 from m2m.evaluation.per_set import PER_SET, read_per_set
 from m2m.evaluation.protocol import Sampler
-from m2m.evaluation.report import _cell
 from m2m.evaluation.table import Table1
 from tests.evaluation.conftest import TEST
 
@@ -181,7 +181,7 @@ def test_no_table_hides_a_number_that_is_not_finite(evaluate):
     run.table("A table", [{"x": float("nan")}])
     protocol.conclude(run, {})
     assert run.summary["checks"]["metrics_finite"] == "not finite: tables.A table[0].x"
-    assert _cell(float("nan")) == "⚠ not a finite number"
+    assert cell(float("nan")) == "⚠ not a finite number"
 
 
 def test_what_is_not_finite_is_named():
