@@ -222,6 +222,10 @@ class Splitter:
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     _forced: dict[bytes, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        wanted = {"train": 1.0, "validation": self.validation_fraction, "test": self.test_fraction}
+        self._empty = [split for split in SPLITS if wanted[split] > 0]
+
     def __call__(self, caption: str) -> str:
         digest = hashlib.blake2b(caption.encode(), digest_size=8, key=str(self.seed).encode()).digest()
         split = self._forced.get(digest) or self._split(digest)
@@ -229,11 +233,9 @@ class Splitter:
         return split
 
     def _split(self, digest: bytes) -> str:
-        wanted = {"train": 1.0, "validation": self.validation_fraction, "test": self.test_fraction}
-        missing = [split for split in SPLITS if wanted[split] > 0 and split not in self._forced.values()]
-        if missing:
-            self._forced[digest] = missing[0]
-            return missing[0]
+        if self._empty:
+            self._forced[digest] = self._empty[0]
+            return self._empty.pop(0)
         share = int.from_bytes(digest, "big") / 2**64
         if share < self.test_fraction:
             return "test"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from m2m.config import Profile
-from m2m.data import captions
+from m2m.data import captions, tokens
 from m2m.data.captions import (
     SPLITS,
     FilterCaptions,
@@ -200,6 +200,7 @@ def test_shards_of_captions_are_the_first_of_each_split(tmp_path):
 def test_memory_does_not_grow_with_the_source(tmp_path, monkeypatch):
     monkeypatch.setattr(captions, "_ROW_GROUP", 500)
     monkeypatch.setattr(captions, "_BATCH", 100)
+    monkeypatch.setattr(tokens, "_MEMO_LIMIT", 100)  # full from the start, as after the first of many million rows
     (tmp_path / "big.tsv").write_bytes(b"u\t" + b"\nu\t".join(b"one red square, %d" % i for i in range(12_000)))
     peaks = []
     tracemalloc.start()
