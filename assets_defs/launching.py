@@ -12,6 +12,7 @@ from pydantic import Field
 
 from assets_defs.checks import check_specs
 from assets_defs.profile import PROFILE
+from m2m.planned import recall_plan
 from m2m.stages import STAGES, Stage
 
 Results: TypeAlias = Iterator[dg.MaterializeResult | dg.AssetCheckResult]
@@ -68,5 +69,6 @@ def declared(stage_key: str) -> dict[str, Any]:
         "metadata": {
             "command": stage.make_command(PROFILE),
             "output": dg.MetadataValue.path(stage.folder(PROFILE)),
+            **recall_plan(stage, PROFILE),  # what `m2m plan`, or the last run, counted for this profile
         },
     }
