@@ -82,7 +82,7 @@ def peak_of_filter(rows: int, folder: Path) -> float:
 
 
 _FILTER = """
-import resource, sys
+import sys
 from pathlib import Path
 from m2m.config import Profile
 from m2m.data.captions import FilterCaptions, filter_captions
@@ -95,7 +95,8 @@ out.mkdir(exist_ok=True)
 profile = Profile(Path("p.yaml"), {}, folder, root=folder)
 run = StageRun(STAGES["filter-captions"], profile, out, {}, "", Progress(quiet=True))
 filter_captions(FilterCaptions(source=source, workers=0), run)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+status = Path("/proc/self/status").read_text()  # getrusage's peak would count the parent's memory before the exec
+print(int(status.partition("VmHWM:")[2].split()[0]) / 1024)
 """
 
 
