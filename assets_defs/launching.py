@@ -14,6 +14,7 @@ from pydantic import Field
 import m2m
 from assets_defs.checks import check_specs
 from assets_defs.profile import PROFILE
+from m2m.planned import recall_plan
 from m2m.stages import STAGES, Stage
 
 Results: TypeAlias = Iterator[dg.MaterializeResult | dg.AssetCheckResult]
@@ -72,6 +73,7 @@ def declared(stage_key: str, *sources: dg.AssetKey) -> dict[str, Any]:
             "command": stage.make_command(PROFILE),
             "output": dg.MetadataValue.path(stage.folder(PROFILE)),
             "dagster/code_references": dg.CodeReferencesMetadataValue(code_references=[_where(stage)]),
+            **recall_plan(stage, PROFILE),  # what `m2m plan`, or the last run, counted for this profile
         },
     }
 

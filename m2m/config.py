@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
@@ -124,6 +124,14 @@ class Profile:
             return config.model_validate(section, context={"root": self.root})
         except ValidationError as error:
             raise ConfigError(_explain(error, config, f"{self.path}: {command}", command)) from None
+
+    def overridden(self, command: str, variant: str | None, overrides: Sequence[str]) -> "Profile":
+        """The profile as `key=value` overrides of one stage change it."""
+        section = dict(self.sections.get(command) or {})
+        for override in overrides:
+            parsed = _parse_override(override)
+            section = _merge(section, parsed if variant is None else {"variants": {variant: parsed}})
+        return replace(self, sections={**self.sections, command: section})
 
     def resources(self, command: str, variant: str | None = None) -> Resources:
         section = self.section(command, variant).get("resources") or {}
