@@ -133,6 +133,7 @@ class ManyToManyPipeline(DiffusionPipeline):
         context_window: int | None = None,
         context_sink: int | None = None,
         int8_context: bool = False,
+        cache_context: bool = True,
         height: int | None = None,
         width: int | None = None,
         generator: Generators = None,
@@ -162,6 +163,8 @@ class ManyToManyPipeline(DiffusionPipeline):
             context_sink: how many of them are always the first ones, so that a long rollout keeps real images in sight.
             int8_context: keep what was computed of preceding images in bytes: about half the memory of half precision,
                 for an error well below 1 % of a prediction (benchmarks/int8_context.py).
+            cache_context: False computes what the U-Net reads of preceding images anew at every step: the same
+                pictures, slower; less memory between steps.
             height, width: of the images, in pixels.
             generator: one for all, or one for each set (then a set's images don't depend on the other sets).
             latents: initial noise, (sets, num_images, C, h, w), in place of `generator`.
@@ -231,6 +234,7 @@ class ManyToManyPipeline(DiffusionPipeline):
                     window=window,
                     sink=sink,
                     int8=int8_context,
+                    keep=cache_context,
                     generator=[generator[m] for m in members] if isinstance(generator, list | tuple) else generator,
                     decode=output_type != "latent",
                     tick=progress.update,

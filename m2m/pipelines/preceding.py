@@ -24,6 +24,7 @@ class PrecedingImages:
         with_condition: bool = False,
         without_condition: bool = True,
         int8: bool = False,
+        keep: bool = True,
     ) -> None:
         """
         Args:
@@ -31,9 +32,10 @@ class PrecedingImages:
             sink: how many of them are always the first ones; the others are the newest.
             with_condition, without_condition: which of the two contexts guidance will ask for.
             int8: keep contexts in bytes.
+            keep: contexts last for the images' life; else they are computed anew at every step.
 
         Raises:
-            InputError: a window that can't hold its sink, or int8 for a model that keeps nothing from step to step.
+            InputError: a window that can't hold its sink, or int8 where nothing is kept from step to step.
         """
         if sink < 0 or (window is not None and window < sink):
             raise InputError(f"context_window={window} can't hold context_sink={sink} images")
@@ -43,12 +45,15 @@ class PrecedingImages:
         self._kinds = [kind for kind, wanted in ((True, with_condition), (False, without_condition)) if wanted]
         self._contexts: dict[bool, KeptContext] = {}
         # a model whose clean images share the noisy ones' timestep has nothing that lasts longer than a step
-        self._forgetful = unet.variant == "self" and unet.config["clean_timestep"] is None
+        shared = unet.variant == "self" and unet.config["clean_timestep"] is None
+        self._forgetful = shared or not keep
         if int8 and self._forgetful:
-            raise InputError(
-                "int8_context: this model's clean images share the timestep of the noisy ones (clean_timestep is "
-                "None), so that there is no context to keep from step to step"
+            why = (
+                "this model's clean images share the timestep of the noisy ones (clean_timestep is None)"
+                if shared
+                else "cache_context is off"
             )
+            raise InputError(f"int8_context: {why}, so that there is no context to keep from step to step")
         self._int8 = int8
         self._clean: Tensor | None = None
         self._conditions: Tensor | None = None

@@ -32,6 +32,7 @@ class Rollout:
     window: int | None
     sink: int
     int8: bool
+    keep: bool
     generator: Generators
     decode: bool
     tick: Callable[[], Any]
@@ -54,6 +55,7 @@ class Rollout:
             with_condition=self.target is not None,
             without_condition=self.target is None or three,
             int8=self.int8,
+            keep=self.keep,
         )
         memory.add(clean, self.condition)
         latents, pictures = [], []
