@@ -223,10 +223,20 @@ class Continues(Protocol):
 
 
 class SetPictures:
-    """The pictures of generate-sets' test split: the stored ones, or decoded latents where a profile stores none."""
+    """The pictures of generate-sets' test split: the stored ones, or decoded latents where a profile stores none.
+
+    Raises:
+        InputError: they are of another size than the model's pictures.
+    """
 
     def __init__(self, run: StageRun, decoder: Sampler) -> None:
         self._sets = ImageSets(run.inputs["sets"], "test")
+        if self._sets.image_size != decoder.size:
+            raise InputError(
+                f"{self._sets.folder}: sets of {self._sets.image_size} pixels; the model makes pictures of "
+                f"{decoder.size}. "
+                "Evaluate a model with sets of the text-to-image model that it was made from"
+            )
         self._decoder = decoder if self._sets.index.pictures is None else None
 
     def __len__(self) -> int:
@@ -247,8 +257,14 @@ class SetPictures:
         """uint8 (len(which), 3, H, W).
 
         Raises:
+            InputError: sets do not have as many pictures.
             ArtifactError: a picture is missing or can't be read.
         """
+        if which and max(which) >= self.images_per_set:
+            raise InputError(
+                f"{self._sets.folder}: sets of {self.images_per_set} images; picture {max(which) + 1} was asked for: "
+                "lower evaluate.preceding, or make larger sets"
+            )
         if self._decoder is not None:
             return self._decoder.decode(self._sets.latents(i, which))
         try:
@@ -270,7 +286,7 @@ def in_batches(
     """Measure items batch by batch; each batch's results are kept, so that a killed run goes on where it was.
 
     Processes that make the evaluation together (torchrun) take turns with the batches and leave what they find in the
-    output's folder, where all read all of it: the same bytes for any number of them.
+    output's folder, where all read all of it: the same result for any number of them.
 
     Args:
         name: what is measured; also the place of the kept results.

@@ -134,6 +134,7 @@ class ManyToManyPipeline(DiffusionPipeline):
         context_window: int | None = None,
         context_sink: int | None = None,
         int8_context: bool = False,
+        cache_context: bool = True,
         context_noise: int = 0,
         height: int | None = None,
         width: int | None = None,
@@ -164,6 +165,8 @@ class ManyToManyPipeline(DiffusionPipeline):
             context_sink: how many of them are always the first ones, so that a long rollout keeps real images in sight.
             int8_context: keep what was computed of preceding images in bytes: about half the memory of half precision,
                 for an error well below 1 % of a prediction (benchmarks/int8_context.py).
+            cache_context: False computes what the U-Net reads of preceding images anew at every step: the same
+                pictures, slower; less memory between steps.
             context_noise: M2M-Self: preceding images, given and made, are read with the noise of this timestep, which
                 the clean stream is told: for models trained so. Drawn from `generator`, once for each image.
             height, width: of the images, in pixels.
@@ -236,6 +239,7 @@ class ManyToManyPipeline(DiffusionPipeline):
                     window=window,
                     sink=sink,
                     int8=int8_context,
+                    keep=cache_context,
                     context_noise=noise_of_context(self.unet, self.scheduler, context_noise, own),
                     generator=own,
                     decode=output_type != "latent",

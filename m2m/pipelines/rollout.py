@@ -33,6 +33,7 @@ class Rollout:
     window: int | None
     sink: int
     int8: bool
+    keep: bool
     context_noise: ContextNoise | None
     generator: Generators
     decode: bool
@@ -56,6 +57,7 @@ class Rollout:
             with_condition=self.target is not None,
             without_condition=self.target is None or three,
             int8=self.int8,
+            keep=self.keep,
             noise=self.context_noise,
         )
         memory.add(clean, self.condition)

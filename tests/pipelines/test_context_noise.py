@@ -74,6 +74,12 @@ def test_a_set_s_noise_is_its_own(make_pipeline, pictures):
         torch.testing.assert_close(together[number], rollout(sets[number : number + 1], seed)[0], **EXACT)
 
 
+def test_noise_is_drawn_once_also_where_nothing_is_kept(make_pipeline, pictures):
+    given = {"num_images": 3, "context_noise": TIMESTEP}
+    kept, anew = (sample(make_pipeline("self"), 4, pictures(), cache_context=keep, **given) for keep in (True, False))
+    torch.testing.assert_close(kept, anew, **EXACT)
+
+
 def test_none_is_none_and_draws_nothing(make_pipeline, pictures):
     pipeline, start = make_pipeline("self"), noise(1, 2, 4, 8, 8)
     generator = torch.Generator().manual_seed(3)
