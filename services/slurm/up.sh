@@ -70,7 +70,15 @@ JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmdParameters=config_overrides
+JobSubmitPlugins=lua
 CONF
+cat >"$root/job_submit.lua" <<'LUA' # accounts without a database of them: vision is one, and none need be named
+function slurm_job_submit(job, partitions, user)
+  if job.account ~= nil and job.account ~= "vision" then return 2045 end -- ESLURM_INVALID_ACCOUNT
+  return slurm.SUCCESS
+end
+function slurm_job_modify(job, record, partitions, user) return slurm.SUCCESS end
+LUA
 : >"$root/gres.conf"
 echo "AutoDetect=off" >>"$root/gres.conf"
 names=

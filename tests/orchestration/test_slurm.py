@@ -117,6 +117,7 @@ def test_at_its_time_limit_it_goes_on_in_another_job(materialize):
     ("launcher", "resources", "reason"),
     [
         ({"partition": "nope"}, "{}", "invalid partition specified: nope"),
+        ({"account": "nope"}, "{}", "Invalid account or account/partition combination specified"),
         ({}, "{gpus: 9}", "Requested node configuration is not available"),
         ({}, "{gpus: 1, gpu_type: h100}", "Requested node configuration is not available"),
         ({}, "{memory_gb: 4000}", "Memory specification can not be satisfied"),

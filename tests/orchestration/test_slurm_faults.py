@@ -68,7 +68,7 @@ class Work:
             whole = all(list(self.ground.outputs.glob(f"*/{name}")) for name in other_shards)
             return whole and any(step.number == GATE for step in self.gated) and jobs() == ["RUNNING"]
 
-        wait_for(waits)
+        wait_for(waits, 150)  # Dagster, its daemon and what it starts take their time to start on a busy machine
         return next(step for step in self.gated if step.number == GATE)
 
     def open_gate(self, how: str = "") -> None:

@@ -163,27 +163,25 @@ def strike(how: str, job: str, pid: int, conf: Path) -> None:
 
 
 SLOW = pytest.mark.slow
-FAULTS = [
-    *[("generate-sets", how, "goes on", () if how == "preempt" else SLOW) for how in ("preempt", "requeue")],
-    *[("generate-sets", how, "goes on", SLOW) for how in ("node down", "time limit", "slurmctld")],
-    *[("generate-sets", how, "fails", () if how == "kill -9" else SLOW) for how in ("scancel", "interrupt", "kill -9")],
-    *[("pretrain@self", how, "goes on", () if how == "time limit" else SLOW) for how in ("time limit", "preempt")],
-    *[("pretrain@self", how, "goes on", SLOW) for how in ("requeue", "node down", "slurmctld")],
-    *[("pretrain@self", how, "fails", () if how == "kill -9" else SLOW) for how in ("scancel", "interrupt", "kill -9")],
-]
+GOES_ON, FAILS = ("requeue", "preempt", "node down", "time limit", "slurmctld"), ("scancel", "interrupt", "kill -9")
+QUICK = [("generate-sets", "preempt"), ("pretrain@self", "time limit")]
 
 
 @pytest.mark.parametrize(
-    ("key", "how", "then"),
-    [pytest.param(*fault, marks=mark, id=" ".join(fault[:2])) for *fault, mark in FAULTS],
+    ("key", "how"),
+    [
+        pytest.param(key, how, marks=() if (key, how) in QUICK else SLOW)
+        for key in ("generate-sets", "pretrain@self")
+        for how in GOES_ON + FAILS
+    ],
 )
-def test_struck_in_the_midst_its_output_is_an_undisturbed_runs(small, unbroken, run, own_slurm, key, how, then):
+def test_struck_in_the_midst_its_output_is_an_undisturbed_runs(small, unbroken, run, own_slurm, key, how):
     stage = STAGES[key]
     if key == "pretrain@self":
         with_sets(small, unbroken)
     first = run(stage, lambda: strike(how, *in_the_midst(small, stage), own_slurm))
-    assert first.success == (then == "goes on")
-    if then == "fails":
+    assert first.success == (how in GOES_ON)
+    if how in FAILS:
         assert retries(first) == 0
         assert run(stage).success
     assert small.manifest(stage) == unbroken.manifest(stage)
@@ -205,7 +203,8 @@ def test_two_nodes_train_what_one_process_trains(small, unbroken, run):
         assert torch.allclose(weight, together[name], atol=1e-4), name
 
 
-@pytest.mark.parametrize("how", ["time limit", pytest.param("kill -9", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("how", ["time limit", "kill -9"])
 def test_struck_on_one_of_two_nodes_both_end_and_go_on(small, unbroken, run, own_slurm, how):
     stage = with_sets(small, unbroken)
 
