@@ -55,7 +55,8 @@ test: install-dev ## the tests
 bench: install ## the promises of speed, memory and exactness, measured (benchmarks/README.md)
 	@$(RUN) -m benchmarks
 
-test-services: install-dev ## the tests that need a real Slurm: set up on loopback, and taken down after them
+test-services: install-dev ## the tests that need a real Slurm, or S3: set up on loopback, and taken down after them
+	@$(RUN) -m pytest -m services tests/lineage
 	@trap 'services/slurm/down.sh' EXIT; services/slurm/up.sh && $(RUN) -m pytest tests/orchestration/test_slurm.py
 
 lint: install-dev ## style and types
