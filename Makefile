@@ -55,7 +55,7 @@ test: install-dev ## the tests
 bench: install ## the promises of speed, memory and exactness, measured (benchmarks/README.md)
 	@$(RUN) -m benchmarks
 
-test-services: install-dev ## the tests that need services (a real Slurm): started on loopback, ended after them
+test-services: install-dev ## the tests that need services (a real Slurm, S3, a browser): started on loopback, ended after them
 	@trap 'services/slurm/down.sh' EXIT; \
 	services/slurm/up.sh 2 || test $$? = 77; \
 	$(RUN) -m pytest -m 'services and not slow' -rs

@@ -30,6 +30,7 @@ TOOLS = {
     "generate": ("m2m.pipelines.generate_cli", "images from images, with a trained model"),
     "compare": ("m2m.evaluation.compare", "two or more reports or evaluations, with confidence intervals"),
     "trace": ("m2m.trace", "what an output was made from, back to the captions; what differs between two"),
+    "store": ("m2m.stores", "send an output to an object store, or fetch one"),
     "export": ("m2m.export", "a trained model as a folder for the Hugging Face hub, with its card"),
 }
 
