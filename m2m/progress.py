@@ -101,8 +101,7 @@ class PipesProgress(Progress):
         planned: Callable[[], Mapping[str, float | str]] = dict,
     ) -> None:
         summary = read_summary(folder) if (folder / "summary.json").exists() else Summary()
-        metadata = pipes_metadata(manifest, summary, folder)
-        metadata |= planned()
+        metadata = pipes_metadata(manifest, summary, folder) | lead(manifest, folder) | planned()
         metadata["made_by_this_run"] = {"raw_value": fresh, "type": "bool"}
         self._context.report_asset_materialization(metadata=metadata, data_version=manifest.fingerprint)
         for name, why in summary.checks.items():
@@ -148,6 +147,29 @@ def pipes_metadata(manifest: Manifest, summary: Summary, folder: Path) -> dict[s
             uri = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
             metadata[caption] = {"raw_value": f"![{caption}]({uri})", "type": "md"}
     return metadata
+
+
+def lead(manifest: Manifest, folder: Path) -> dict[str, Any]:
+    """Where an output came from, as Pipes metadata: what it was made from, with links, by which code, in which run."""
+    from m2m.provenance import one_step  # which knows how stages are run, and so this module
+    from m2m.stages import STAGES
+
+    stage = STAGES.get(manifest.stage)
+    if stage is None:
+        return {}
+    made = one_step(folder, manifest)
+    rows = [
+        f"| {name} | [{(of := STAGES[stage.inputs[name]]).asset}](/assets/{of.asset}) | `{digest[:16]}` |"
+        for name, digest in manifest.inputs.items()
+        if name in stage.inputs
+    ]
+    rows += [f"| {of.setting} | {of.path or 'a source'} | `{of.digest[:16]}` |" for of in made.sources]
+    git = made.run.get("git", {})
+    changed = " with changes that were not committed" if git.get("dirty") else ""
+    told = {"manifest": manifest.digest[:16], "code": f"{git.get('revision') or 'not recorded'}{changed}"}
+    if rows:
+        told["made_from"] = {"raw_value": "\n".join(["| | | |", "| --- | --- | --- |", *rows]), "type": "md"}
+    return told | {"trace": f"python -m m2m trace {folder}"}
 
 
 @contextlib.contextmanager

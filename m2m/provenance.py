@@ -16,7 +16,7 @@ from m2m import artifacts
 from m2m.artifacts import Manifest
 from m2m.config import Profile, is_hub_id, load_profile, source_digest
 from m2m.errors import InputError, M2MError
-from m2m.stage_run import fingerprint
+from m2m.stage_run import fingerprint, records
 from m2m.stages import STAGES, find_stage
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -80,14 +80,21 @@ def find_output(text: str, config: str | None = None) -> tuple[Profile, str]:
     for folder in (path.resolve(), *path.resolve().parents):
         manifest = artifacts.read_manifest(folder)
         if manifest is not None and manifest.stage in STAGES:
-            depth = 1 if STAGES[manifest.stage].variant is None else 2
-            return _profile_of(folder.parents[depth - 1], config), manifest.stage
+            return _profile_of(_outputs_of(folder, manifest), config), manifest.stage
     raise InputError(f"{text}: neither a whole output nor a file in one (no folder above it has a manifest.json)")
 
 
 def trace(profile: Profile, key: str) -> Made:
     """Read what an output was made from, back to the sources."""
     return _trace(profile, key, {})
+
+
+def one_step(folder: Path, manifest: Manifest) -> Made:
+    """An output with its runs and sources, but nothing behind its inputs; needs no profile."""
+    outputs = _outputs_of(folder, manifest)
+    profile = Profile(outputs.with_suffix(".yaml"), {}, outputs, root=outputs.parent.parent)
+    runs = _runs(records(profile, STAGES[manifest.stage]), manifest)
+    return Made(manifest.stage, folder, manifest, runs, _sources(profile, manifest.stage, manifest.config))
 
 
 def verify(made: Made, profile: Profile) -> list[str]:
@@ -116,7 +123,7 @@ def _trace(profile: Profile, key: str, seen: dict[str, Made]) -> Made:
     if manifest is None:
         made.gaps.append(f"{folder} is not there or not whole. Make it with: {stage.make_command(profile)}")
         return made
-    made.runs = _runs(profile.outputs / "runs" / key, manifest)
+    made.runs = _runs(records(profile, stage), manifest)
     if not made.runs:
         made.gaps.append("there is no record here of the run that made it")
     made.sources = _sources(profile, key, manifest.config)
@@ -188,6 +195,11 @@ def _source_fault(source: SourceRecord, profile: Profile) -> str | None:
     except InputError as error:
         return f"{source.setting}: {error}"
     return None if same else f"{source.setting}: {source.path} has other content than when it was read"
+
+
+def _outputs_of(folder: Path, manifest: Manifest) -> Path:
+    """The folder of all of a profile's outputs that this one is among."""
+    return folder.parents[0 if STAGES[manifest.stage].variant is None else 1]
 
 
 def _profile_of(outputs: Path, config: str | None) -> Profile:

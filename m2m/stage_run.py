@@ -45,7 +45,7 @@ class StageRun:
     @property
     def records(self) -> Path:
         """Where the records of this stage's runs lie: what varies between equal runs goes there, not into `out`."""
-        return _records(self.profile, self.stage)
+        return records(self.profile, self.stage)
 
     def source(self, path: Path | str) -> Path:
         """A source of the config as a path that can be opened, from whatever folder the command was started."""
@@ -106,6 +106,11 @@ class _Work:
     partial: Path
     inputs: Mapping[str, Path]
     fingerprint: str
+
+
+def records(profile: Profile, stage: Stage) -> Path:
+    """Where the records of a stage's runs lie."""
+    return profile.outputs / "runs" / stage.key
 
 
 def fingerprint(stage: Stage, settings: Mapping[str, Any], inputs: Mapping[str, Manifest]) -> str:
@@ -174,6 +179,7 @@ def _lead(
     print_ = fingerprint(stage, settings, manifests)
     final = stage.folder(profile)
     keys = None if shards is None else [shard_key(shard) for shard in shards]
+    records(profile, stage).mkdir(parents=True, exist_ok=True)  # for DVC an out of every stage
     with _maybe_locked(profile, stage, progress):
         artifacts.recover(final)
         current = artifacts.read_manifest(final)
@@ -305,10 +311,6 @@ def _lock_path(profile: Profile, stage: Stage, name: str) -> Path:
     return profile.outputs / ".locks" / f"{stage.key}.{name}.lock"
 
 
-def _records(profile: Profile, stage: Stage) -> Path:
-    return profile.outputs / "runs" / stage.key
-
-
 def _drop_leftovers(final: Path) -> None:
     """Remove what other settings left half-made, once a whole output stands."""
     for leftover in final.parent.glob(f"{final.name}.partial-*"):
@@ -317,10 +319,8 @@ def _drop_leftovers(final: Path) -> None:
 
 def _record_run(stage: Stage, profile: Profile, run: StageRun, started: float, manifest: Manifest | None) -> None:
     """Write what varies between equal runs (times, machine, versions, git) beside the outputs, never into them."""
-    folder = _records(profile, stage)
-    folder.mkdir(parents=True, exist_ok=True)
     artifacts.write_json(
-        folder / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(started))}-{os.getpid()}.json",
+        records(profile, stage) / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(started))}-{os.getpid()}.json",
         {
             "stage": stage.key,
             "fingerprint": run.fingerprint,
@@ -346,6 +346,8 @@ def _versions(names: Iterable[str]) -> dict[str, str]:
 
 
 def _git_state(root: Path) -> dict[str, Any]:
+    """The revision, and whether anything but DVC's record of earlier stages was changed since."""
+
     def ask(*argv: str) -> str | None:
         try:
             done = subprocess.run(["git", *argv], cwd=root, capture_output=True, text=True, timeout=10, check=False)
@@ -354,7 +356,8 @@ def _git_state(root: Path) -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     revision = ask("rev-parse", "HEAD")
-    return {"revision": revision, "dirty": bool(ask("status", "--porcelain")) if revision else None}
+    changed = ask("status", "--porcelain", "--", ":(top)", ":(exclude)dvc.lock")
+    return {"revision": revision, "dirty": bool(changed) if revision else None}
 
 
 def _counted(counts: Mapping[str, int]) -> str:

@@ -1,6 +1,6 @@
 """Which recorders are on.
 
-Belongs here: reading that from the surroundings. Not here: recorders.
+Belongs here: reading that from the surroundings. Not here: recorders and followers.
 """
 
 import os
@@ -8,9 +8,12 @@ import os
 from assets_defs.launching import Launcher
 from assets_defs.profile import PROFILE
 from m2m.errors import ConfigError
+from m2m.stages import commands
 from orchestration.lineage.dvc_record import DvcRecorder
 from orchestration.lineage.lakefs import LakeFS
+from orchestration.lineage.openlineage import OpenLineage
 from orchestration.lineage.recording import Recorder, RecordingLauncher
+from orchestration.lineage.store_record import StoreRecorder
 
 HOW = ("off", "record", "commit", "push")
 
@@ -19,7 +22,8 @@ def with_recorders(launcher: Launcher) -> Launcher:
     """The launcher, with the recorders that are on behind it; itself where none is.
 
     Raises:
-        ConfigError: `M2M_DVC` is none of `HOW`, or lakeFS has an address and no keys.
+        ConfigError: `M2M_DVC` is none of `HOW`, lakeFS has an address and no keys, `M2M_STORE_STAGES` names what is no
+            stage, or OpenLineage's client is not there.
     """
     recorders: list[Recorder] = []
     how = os.environ.get("M2M_DVC", "off")
@@ -29,7 +33,28 @@ def with_recorders(launcher: Launcher) -> Launcher:
         recorders.append(DvcRecorder.of(how, PROFILE.root, os.environ.get("M2M_DVC_REMOTE")))
     if lake := _lakefs():
         recorders.append(lake)
-    return RecordingLauncher(launcher, recorders, PROFILE) if recorders else launcher
+    if store := _store():
+        recorders.append(store)
+    followers = [OpenLineage(os.environ.get("OPENLINEAGE_NAMESPACE", "m2m"))] if _asked("M2M_OPENLINEAGE") else []
+    return RecordingLauncher(launcher, recorders, PROFILE, followers) if recorders or followers else launcher
+
+
+def _store() -> StoreRecorder | None:
+    url = os.environ.get("M2M_STORE")
+    if not url:
+        return None
+    asked = os.environ.get("M2M_STORE_STAGES", "report").split(",")
+    for command in asked:
+        if command not in commands():
+            raise ConfigError(f"M2M_STORE_STAGES: {command!r} is not a stage. There are: {', '.join(commands())}")
+    return StoreRecorder(url, asked)
+
+
+def _asked(name: str) -> bool:
+    value = os.environ.get(name, "off")
+    if value not in ("on", "off"):
+        raise ConfigError(f"{name} is {value!r}; it must be on or off")
+    return value == "on"
 
 
 def _lakefs() -> LakeFS | None:

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from m2m import artifacts
+from m2m.stage_run import records
 from m2m.stages import Stage
+from m2m.stores import advice
 from orchestration.lineage.recording import Recording, RecordingError
 
 _LOCK = Path(".dvc") / "tmp" / "m2m-record.lock"
@@ -50,7 +52,7 @@ class DvcRecorder:
         with artifacts.locked(self.root / _LOCK, lambda _: None):
             with _reasons() as reasons:
                 try:
-                    named = self._commit(target, made)
+                    named = self._commit(target, made, reasons)
                 except RecordingError:
                     raise
                 except Exception as error:  # whatever it is: what was made must not be lost to its record
@@ -61,14 +63,14 @@ class DvcRecorder:
                 self._push(target)
         return named
 
-    def _commit(self, target: str, made: Recording) -> str:
+    def _commit(self, target: str, made: Recording, reasons: list[str]) -> str:
         from dvc.lock import LockError
 
         deadline = time.monotonic() + self.wait_seconds
         while True:
             try:
                 with self._repo() as repo:
-                    return self._commit_stage(repo, target, made)
+                    return self._commit_stage(repo, target, made, reasons)
             except LockError:
                 if time.monotonic() > deadline:
                     raise RecordingError(
@@ -76,18 +78,26 @@ class DvcRecorder:
                         " s; let it end, then run the stage again: it is current and will only be recorded"
                     ) from None
 
-    def _commit_stage(self, repo: Any, target: str, made: Recording) -> str:
+    def _commit_stage(self, repo: Any, target: str, made: Recording, reasons: list[str]) -> str:
+        """What `dvc commit --force` does to one stage, its files of YAML read once: they are most of the time."""
+        from dvc.repo import lock_repo
+
         folder = made.stage.folder(made.profile)
-        (stage,) = repo.stage.collect(self._address(target))
-        (out,) = stage.outs
-        if folder.resolve() not in (path := Path(out.fs_path).resolve(), path.parent):
-            raise RecordingError(f"dvc.yaml has {out.fs_path} for {target}, not {folder}; see its `vars`")
-        repo.commit(self._address(target), force=True)
-        now = artifacts.read_manifest(folder)
-        if now is None or now.digest != made.manifest.digest:
-            raise RecordingError(f"{folder} was made anew while it was recorded; that run records it")
-        (stage,) = repo.stage.collect(self._address(target))
-        return f"{target} {stage.outs[0].hash_info.value}"
+        with lock_repo(repo):
+            (stage,) = repo.stage.collect(self._address(target))
+            out, *_ = stage.outs
+            if folder.resolve() not in (path := Path(out.fs_path).resolve(), path.parent):
+                raise RecordingError(f"dvc.yaml has {out.fs_path} for {target}, not {folder}; see its `vars`")
+            records(made.profile, made.stage).mkdir(parents=True, exist_ok=True)  # an out, too
+            stage.save()
+            stage.commit()
+            if reasons:  # files that did not get into the cache: DVC only logs them
+                raise RecordingError(f"dvc commit {target}: {reasons[0]}")
+            now = artifacts.read_manifest(folder)
+            if now is None or now.digest != made.manifest.digest:
+                raise RecordingError(f"{folder} was made anew while it was recorded; that run records it")
+            stage.dump(update_pipeline=False)
+        return f"{target} {out.hash_info.value}"
 
     def _push(self, target: str) -> None:
         with _reasons() as reasons:
@@ -96,7 +106,7 @@ class DvcRecorder:
                     repo.push(targets=[self._address(target)], remote=self.remote)
             except Exception as error:  # as above
                 said = _said(f"dvc push {target}", error, reasons)
-                raise RecordingError(f"{said} (in dvc.lock, but not at the remote)") from error
+                raise RecordingError(f"{said}{advice(said)}; in dvc.lock, but not at the remote") from error
 
     def _address(self, target: str) -> str:
         return f"{self.root / 'dvc.yaml'}:{target}"  # a bare name is looked for in the working directory's dvc.yaml

@@ -1,11 +1,11 @@
-"""A launcher that has what was made recorded.
+"""A launcher that has what was made recorded, and tells others of its launches.
 
-Belongs here: when something is recorded, what becomes of a recorder's failure. Not here: recorders (beside this
-module), launching (`orchestration.launchers`).
+Belongs here: when something is recorded or told, what becomes of a failure to. Not here: recorders and followers
+(beside this module), launching (`orchestration.launchers`).
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,12 +45,39 @@ class Recorder(Protocol):
     @property
     def name(self) -> str: ...
 
-    def record(self, made: Recording) -> str:
-        """Record an output; returns what the record is called.
+    def record(self, made: Recording) -> str | None:
+        """Record an output; returns what the record is called, None where this output is none of the recorder's.
 
         Raises:
             RecordingError: it could not be.
         """
+        ...
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One launch of a stage."""
+
+    stage: Stage
+    profile: Profile
+    run_id: str
+    job: str
+    """The Dagster job that the run is one of."""
+
+
+class Follower(Protocol):
+    """Is told of every launch, whatever becomes of it.
+
+    Its methods raise `RecordingError` where it can't be told.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def begins(self, attempt: Attempt) -> None: ...
+
+    def ends(self, attempt: Attempt, manifest: Manifest | None, error: BaseException | None) -> None:
+        """`manifest` is None where the output is not whole."""
         ...
 
 
@@ -61,32 +88,64 @@ class RecordingLauncher:
     tries again, also where it finds nothing else to do.
     """
 
-    def __init__(self, launcher: Launcher, recorders: Sequence[Recorder], profile: Profile) -> None:
+    def __init__(
+        self, launcher: Launcher, recorders: Sequence[Recorder], profile: Profile, followers: Sequence[Follower] = ()
+    ) -> None:
         self.launcher = launcher
         self._recorders = recorders
+        self._followers = followers
         self._profile = profile
 
     def materialize(
         self, context: dg.AssetExecutionContext, stage: Stage, launch: Launch, *, shards: Sequence[str] | None = None
     ) -> Results:
         """See `assets_defs.launching.Launcher`."""
-        before = _settings(stage, self._profile)
-        told: dict[str, Any] | None = None
-        for result in self.launcher.materialize(context, stage, launch, shards=shards):
-            if isinstance(result, dg.MaterializeResult):
-                if told is None:
-                    told = self._record(context, stage, launch, before)
-                result = result._replace(metadata={**(result.metadata or {}), **told})
-            yield result
+        attempt = Attempt(stage, self._profile, context.run.run_id, context.run.job_name)
+        self._tell(context, lambda follower: follower.begins(attempt))
+        error: BaseException | None = None
+        try:
+            yield from self._recorded(context, stage, launch, shards)
+        except BaseException as caught:  # a run that was cancelled, too
+            error = caught
+            raise
+        finally:
+            manifest = artifacts.read_manifest(stage.folder(self._profile)) if error is None else None
+            self._tell(context, lambda follower: follower.ends(attempt, manifest, error))
 
     def end_orphans(self, instance: dg.DagsterInstance) -> list[str]:
         """See `assets_defs.launching.Launcher`."""
         return self.launcher.end_orphans(instance)
 
+    def _recorded(
+        self, context: dg.AssetExecutionContext, stage: Stage, launch: Launch, shards: Sequence[str] | None
+    ) -> Results:
+        before = _settings(stage, self._profile)
+        told: dict[str, Any] | None = None
+        for result in self.launcher.materialize(context, stage, launch, shards=shards):
+            if isinstance(result, dg.MaterializeResult):
+                if told is None:
+                    told = self._record(context, stage, launch, before, result.data_version)
+                result = result._replace(metadata={**(result.metadata or {}), **told})
+            yield result
+
+    def _tell(self, context: dg.AssetExecutionContext, what: Callable[[Follower], None]) -> None:
+        for follower in self._followers:
+            try:
+                what(follower)
+            except RecordingError as error:
+                context.log.warning(f"{follower.name} was not told: {error}")
+
     def _record(
-        self, context: dg.AssetExecutionContext, stage: Stage, launch: Launch, before: object
+        self,
+        context: dg.AssetExecutionContext,
+        stage: Stage,
+        launch: Launch,
+        before: object,
+        reported: dg.DataVersion | None,
     ) -> dict[str, Any]:
         manifest = artifacts.read_manifest(stage.folder(self._profile))
+        if manifest is not None and reported is not None and reported.value != manifest.fingerprint:
+            manifest = None  # an older output, which stands until all shards of the new one are there
         if why := self._unfit(stage, launch, before, manifest):
             return {f"recorded by {recorder.name}": f"no: {why}" for recorder in self._recorders}
         assert manifest is not None
@@ -94,7 +153,8 @@ class RecordingLauncher:
         told = {}
         for recorder in self._recorders:
             try:
-                told[f"recorded by {recorder.name}"] = recorder.record(made)
+                if (named := recorder.record(made)) is not None:
+                    told[f"recorded by {recorder.name}"] = named
             except RecordingError as error:
                 context.log.warning(f"{stage.key} is whole but not recorded by {recorder.name}: {error}")
                 told[f"recorded by {recorder.name}"] = f"no: {error}"

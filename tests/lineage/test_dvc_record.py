@@ -14,55 +14,23 @@ import pytest
 import yaml
 from dvc.repo import Repo
 from dvc.repo.reproduce import reproduce
+from launching import Here, materialize
+from toy_chain import git, recording
 
-from assets_defs.launching import Launch
 from m2m import artifacts
 from m2m.config import Profile, load_profile
 from m2m.errors import ConfigError
 from m2m.progress import Progress
+from m2m.provenance import trace, verify
 from m2m.stage_run import run_stage
 from m2m.stages import STAGES
 from orchestration.definitions import build_defs
 from orchestration.launchers import local
 from orchestration.lineage import chosen
 from orchestration.lineage.dvc_record import DvcRecorder, dvc_name
-from orchestration.lineage.recording import Recording, RecordingError, RecordingLauncher
+from orchestration.lineage.recording import RecordingError, RecordingLauncher
 
-ROOT = Path(__file__).parents[2]
 TOY = Path(__file__).with_name("toy_chain.py")
-
-
-def git(root: Path, *argv: str) -> str:
-    who = ["-c", "user.name=A Tester", "-c", "user.email=tester@example.org"]
-    return subprocess.run(["git", *who, *argv], cwd=root, capture_output=True, text=True, check=True).stdout
-
-
-@pytest.fixture
-def project(chain, monkeypatch) -> Profile:
-    """The toy chain in a git and DVC repository with the project's own dvc.yaml; a folder is the remote."""
-    root = chain.root
-    shutil.copy(ROOT / "dvc.yaml", root)
-    shutil.copy(ROOT / ".gitignore", root)
-    (root / ".dvc").mkdir()
-    remote = f"['remote \"here\"']\n    url = {root.parent / 'remote'}\n"
-    (root / ".dvc" / "config").write_text((ROOT / ".dvc" / "config").read_text() + remote)
-    (root / ".dvc" / ".gitignore").write_text("/config.local\n/tmp\n/cache\n")
-    (root / "m2m").mkdir()
-    for name in ("stages.py", "config.py"):
-        (root / "m2m" / name).write_text("")
-    for name, value in (("GIT_AUTHOR", "A Tester"), ("GIT_COMMITTER", "A Tester")):
-        monkeypatch.setenv(f"{name}_NAME", value)
-        monkeypatch.setenv(f"{name}_EMAIL", "tester@example.org")
-    git(root, "init", "--quiet")
-    git(root, "add", ".")
-    git(root, "commit", "--quiet", "--message", "Begin")
-    return chain
-
-
-def recording(profile: Profile, key: str, run_id: str = "a-run") -> Recording:
-    manifest = artifacts.read_manifest(STAGES[key].folder(profile))
-    assert manifest is not None
-    return Recording(STAGES[key], profile, manifest, run_id)
 
 
 def record_all(profile: Profile, recorder: DvcRecorder) -> None:
@@ -94,6 +62,9 @@ def test_after_recording_dvc_finds_nothing_changed_and_the_clone_gets_it_all_bac
         manifest = artifacts.require_whole(stage.folder(there), key)
         assert artifacts.faults(stage.folder(there), manifest, content=True) == []
         assert not run_stage(stage, there, progress=Progress(quiet=True)).fresh
+    made = trace(load_profile(clone / "configs" / "tiny.yaml"), "report")
+    assert [gap for node in made.each() for gap in node.gaps] == []  # the runs' records came along
+    assert verify(made, load_profile(clone / "configs" / "tiny.yaml")) == []
 
 
 def test_git_is_told_the_run_and_only_dvc_lock_is_committed(project, monkeypatch):
@@ -137,14 +108,19 @@ def test_eight_runs_that_record_at_once_are_all_recorded(project):
     assert git(project.root, "status", "--porcelain") == ""
 
 
-def test_repro_after_recording_runs_only_what_a_changed_param_reaches(project, monkeypatch, tmp_path):
-    root = project.root
+@pytest.fixture
+def dvc_runs_toys(project, monkeypatch, tmp_path) -> None:
+    """`python` as dvc.yaml's commands find it is one that runs the toys."""
     (tmp_path / "bin").mkdir()
     shim = tmp_path / "bin" / "python"  # dvc.yaml says `python -m m2m STAGE ...`
     shim.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} {TOY} "$@"\n')
     shim.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.chdir(root)
+    monkeypatch.chdir(project.root)
+
+
+def test_repro_after_recording_runs_only_what_a_changed_param_reaches(project, dvc_runs_toys):
+    root = project.root
     record_all(project, DvcRecorder(root))
     with Repo(str(root)) as repo:
         assert reproduce(repo) == []
@@ -160,11 +136,31 @@ def test_repro_after_recording_runs_only_what_a_changed_param_reaches(project, m
     assert status(root) == {}
 
 
+def test_repro_from_scratch_makes_the_same_bytes(project, dvc_runs_toys):
+    root = project.root
+    before = {key: recording(project, key).manifest.digest for key in STAGES}
+    shutil.rmtree(root / "outputs")
+    with Repo(str(root)) as repo:
+        assert {stage.addressing for stage in reproduce(repo)} == {dvc_name(stage) for stage in STAGES.values()}
+    assert {key: recording(project, key).manifest.digest for key in STAGES} == before
+    assert status(root) == {}
+
+
+def test_an_experiment_is_a_commit_of_dvcs_with_its_figures(project, dvc_runs_toys):
+    root = project.root
+    record_all(project, DvcRecorder(root, git=True))
+    with Repo(str(root)) as repo:
+        (name,) = repo.experiments.run(params=["configs/tiny.yaml:evaluate.value=70"])
+        figures = repo.metrics.diff(a_rev="HEAD", b_rev=name)["diff"]["outputs/tiny/evaluate/table_1/summary.json"]
+    assert (figures["figures.fid_self"]["old"], figures["figures.fid_self"]["new"]) == (10.5, 105.0)
+    assert git(root, "status", "--porcelain").split() == ["M", "configs/tiny.yaml", "M", "dvc.lock"]
+
+
 def test_metrics_and_plots_are_read_from_inside_the_outputs(project):
     with Repo(str(project.root)) as repo:
         shown: Any = repo.metrics.show()
-        (found,) = shown[""]["data"].values()
-        assert found["data"]["scores"]["M2M-Self"]["fid"] == 10.5
+        found = shown[""]["data"]["outputs/tiny/evaluate/table_1/summary.json"]
+        assert found["data"]["figures"]["fid_self"] == 10.5
         plots = repo.plots.show()["workspace"]["definitions"]["data"]["dvc.yaml"]["data"]
     assert any("novel_views" in name for name in plots)
 
@@ -175,8 +171,9 @@ def test_only_manifests_are_versioned_where_an_object_store_holds_the_shards(pro
     path.write_text(path.read_text().replace('- shards: ""', "- shards: /manifest.json"))
     record_all(project, DvcRecorder(root))
     assert status(root) == {}
-    (out,) = yaml.safe_load((root / "dvc.lock").read_text())["stages"]["generate_sets"]["outs"]
-    assert out["path"] == "outputs/tiny/generate-sets/manifest.json"
+    outs = yaml.safe_load((root / "dvc.lock").read_text())["stages"]["generate_sets"]["outs"]
+    paths = {out["path"] for out in outs}
+    assert paths == {"outputs/tiny/generate-sets/manifest.json", "outputs/tiny/runs/generate-sets"}
 
 
 def no_remote(root: Path) -> str:
@@ -204,13 +201,12 @@ def git_locked(root: Path) -> str:
     return "index.lock"
 
 
-def no_room(root: Path) -> str:
-    """A disk that can't be written to stands for one that is full."""
+def no_cache(root: Path) -> str:
     (root / ".dvc" / "cache").write_text("")
     return "dvc commit filter_captions: "
 
 
-@pytest.mark.parametrize("fault", [no_remote, no_dvc, other_profile, broken_lock_file, git_locked, no_room])
+@pytest.mark.parametrize("fault", [no_remote, no_dvc, other_profile, broken_lock_file, git_locked, no_cache])
 def test_every_failure_is_one_clear_line_and_is_made_up_for(project, fault, tmp_path):
     shutil.copytree(project.root, tmp_path / "sound", symlinks=True)
     words = fault(project.root)
@@ -230,6 +226,43 @@ def test_every_failure_is_one_clear_line_and_is_made_up_for(project, fault, tmp_
     assert locked_stages(project.root) == {"filter_captions"}
 
 
+@pytest.fixture
+def full_disk(tmp_path):
+    """A disk of 16 KB: what is larger than that does not fit on it."""
+    (tmp_path / "disk").mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(tmp_path / "disk")], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("only root can mount a small disk")
+    yield tmp_path / "disk"
+    subprocess.run(["umount", "--lazy", str(tmp_path / "disk")], check=True)
+
+
+def test_a_full_disk_is_named_and_what_was_made_is_recorded_when_there_is_room(project, full_disk):
+    (project.outputs / "filter-captions" / "made.txt").write_bytes(os.urandom(100_000))
+    remake_manifest(project, "filter-captions")
+    (project.root / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {full_disk}\n")
+    launcher = RecordingLauncher(Here(project), [DvcRecorder(project.root)], project)
+    told = str(materialize(launcher, "filter-captions")["recorded by DVC"])
+    assert told.startswith("no: ") and "No space left on device" in told and "\n" not in told
+    assert artifacts.require_whole(STAGES["filter-captions"].folder(project), "")
+    assert locked_stages(project.root) == set()
+    (project.root / ".dvc" / "config.local").unlink()
+    assert str(materialize(launcher, "filter-captions")["recorded by DVC"]).startswith("filter_captions ")
+    assert locked_stages(project.root) == {"filter_captions"}
+
+
+def remake_manifest(profile: Profile, key: str) -> None:
+    """The manifest of an output whose files were put there by hand."""
+    folder = STAGES[key].folder(profile)
+    manifest = artifacts.read_manifest(folder)
+    assert manifest is not None
+    (folder / artifacts.MANIFEST).unlink()
+    files = artifacts.record_files(folder)
+    artifacts.write_bytes(folder / artifacts.MANIFEST, manifest.model_copy(update={"files": files}).encoded())
+
+
 def test_a_live_dvc_is_waited_for_and_a_dead_ones_lock_is_free(project):
     root = project.root
     lock = root / ".dvc" / "tmp" / "lock"
@@ -246,31 +279,6 @@ def test_a_live_dvc_is_waited_for_and_a_dead_ones_lock_is_free(project):
         process.kill()
     DvcRecorder(root).record(recording(project, "generate-sets"))
     assert locked_stages(root) == {"filter_captions", "generate_sets"}
-
-
-class Here:
-    """A launcher that runs a stage in this process."""
-
-    def __init__(self, profile: Profile, during=lambda: None) -> None:
-        self.profile, self.during = profile, during
-
-    def materialize(self, context, stage, launch, *, shards=None):
-        run_stage(stage, self.profile, overrides=launch.overrides, progress=Progress(quiet=True))
-        self.during()
-        yield dg.MaterializeResult(metadata={"seconds": 1})
-
-    def end_orphans(self, instance) -> list[str]:
-        return []
-
-
-def materialize(launcher: RecordingLauncher, key: str, **launch) -> dict:
-    @dg.asset(name="made")
-    def made(context: dg.AssetExecutionContext):
-        yield from launcher.materialize(context, STAGES[key], Launch(**launch))
-
-    result = dg.materialize([made])
-    (event,) = result.asset_materializations_for_node("made")
-    return {name: value.value for name, value in event.metadata.items()}
 
 
 def test_a_materialization_tells_its_record(project):

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 
-from m2m import artifacts
+from m2m import artifacts, licences
 from m2m.cli import main
 from m2m.errors import M2MError
 from m2m.export import UploadFailed, export, upload
@@ -92,6 +93,33 @@ def test_a_damaged_model_and_one_without_a_licence_are_refused(chain, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_licences_are_those_that_the_hub_has_names_for():
+    spdx = {name.lower() for name in licences.OF_SPDX if canonicalize_license_expression(name)}
+    assert spdx == licences.OF_SPDX
+    for name in licences.OF_THE_HUB:
+        with pytest.raises(InvalidLicenseExpression):
+            canonicalize_license_expression(name)
+    assert all(licences.known(of) for of in licences._MODELS.values())
+
+
+@pytest.mark.parametrize("said, meant", [("MIT", "mit"), ("CC-BY-4.0", "cc-by-4.0"), ("openrail++", "openrail++")])
+def test_a_licence_is_written_as_the_hub_writes_it(chain, tmp_path, said, meant):
+    export(str(chain.outputs / "pretrain" / "self"), tmp_path / "out", licence=said)
+    assert head_of(tmp_path / "out")["license"] == meant
+
+
+def test_a_licence_that_the_hub_has_no_name_for_is_named_as_another(chain, tmp_path):
+    model = str(chain.outputs / "pretrain" / "self")
+    with pytest.raises(M2MError, match=r"Did you mean apache-2\.0"):
+        export(model, tmp_path / "out", licence="apache2")
+    export(model, tmp_path / "out", licence="other:Our Own 1")
+    head = head_of(tmp_path / "out")
+    assert (head["license"], head["license_name"]) == ("other", "Our Own 1")
+    (chain.root / "weights" / "README.md").write_text("---\nlicense: a licence of mine\n---\n")
+    with pytest.raises(M2MError, match="weights is under 'a licence of mine', for which the hub has no name"):
+        export(model, tmp_path / "other")
+
+
 class Hub(BaseHTTPRequestHandler):
     """As much of the hub's API as an upload of small files takes."""
 
@@ -153,6 +181,18 @@ def test_the_hub_gets_every_file(chain, tmp_path, hub):
     there = {p.relative_to(tmp_path / "out").as_posix(): p.read_bytes() for p in (tmp_path / "out").rglob("*.*")}
     assert kind.repos == {"someone/toys"}
     assert kind.files.items() >= {name: content for name, content in there.items() if content}.items()
+
+
+def test_an_upload_without_a_token_is_refused_in_one_line(chain, tmp_path, monkeypatch, capsys):
+    """As on a machine where nobody has logged in, and no hub can be reached."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    argv = ["export", str(chain.outputs / "pretrain" / "self"), "--out", str(tmp_path / "out")]
+    assert main([*argv, "--upload", "someone/toys"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: someone/toys: the hub did not take ") and "The folder is whole" in line
+    assert main([*argv, "--upload", "no/such/name"]) == 2
+    assert "no/such/name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", ["refused", "unreachable"])

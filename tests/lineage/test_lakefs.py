@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from lakefs_server import KEYS, Repository, serve
+from launching import Here, materialize
 
 from m2m import artifacts
 from m2m.config import Profile
@@ -12,7 +13,7 @@ from m2m.progress import Progress
 from m2m.stage_run import run_stage
 from m2m.stages import STAGES
 from orchestration.lineage.lakefs import LakeFS
-from orchestration.lineage.recording import Recording, RecordingError
+from orchestration.lineage.recording import Recording, RecordingError, RecordingLauncher
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,6 +106,23 @@ def test_a_conflict_keeps_the_branch_and_a_new_run_goes_through(chain, lake, the
     assert kept.metadata["manifest"] == mine.manifest.digest
     lake.record(recording(chain, "generate-sets", "4"))
     assert there.staged["main"] == kept.tree
+
+
+def test_a_conflict_fails_no_run_and_the_next_run_is_merged(chain, lake, there, monkeypatch):
+    launcher, sent = RecordingLauncher(Here(chain), [lake], chain), lake._send
+
+    def meanwhile(made: Recording, branch: str) -> bool:
+        done = sent(made, branch)
+        theirs = {"tiny/generate-sets/made.txt": b"by somebody else"}
+        there.add("main", theirs, [there.branches["main"]], "By somebody else", {})
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lake, "_send", meanwhile)
+        told = str(materialize(launcher, "generate-sets")["recorded by lakeFS"])
+    assert told.startswith("no: ") and "main has another generate-sets since branch" in told
+    assert artifacts.require_whole(STAGES["generate-sets"].folder(chain), "")
+    assert materialize(launcher, "generate-sets")["recorded by lakeFS"] == there.branches["main"]
 
 
 def test_an_upload_that_was_cut_off_is_finished_by_the_next_one(chain, lake, there, monkeypatch):

