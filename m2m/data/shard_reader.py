@@ -35,7 +35,7 @@ class ShardReader:
             self._places: list[dict[str, list[int]]] = [line["files"] for line in lines]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"{self.paths.index}: can't be read: {error}; `m2m shards verify` tells more") from None
-        self._layouts: dict[int, tuple[np.dtype, tuple[int, ...], int]] = {}
+        self._layouts: dict[bytes, tuple[np.dtype, tuple[int, ...], int]] = {}
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -66,12 +66,15 @@ class ShardReader:
         """Some rows of a `.npy` file, reading these only; like `array(...)[rows]`."""
         offset, _ = self._place(position, name)
         dtype, shape, start = self._layout(offset)
-        stride = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
         found = np.empty((len(rows), *shape[1:]), dtype)
+        stride = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
+        filled = memoryview(found.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
         for i, row in enumerate(rows):
             if not 0 <= row < shape[0]:
                 raise IndexError(f"row {row} of {shape[0]} in {self.keys[position]}.{name}")
-            found[i] = np.frombuffer(self._read_at(offset + start + row * stride, stride), dtype).reshape(shape[1:])
+            at = offset + start + row * stride
+            if self._tar.read_into(at, filled[i * stride : (i + 1) * stride]) != stride:
+                raise self._cut_short(stride, at)
         return found
 
     def close(self) -> None:
@@ -84,20 +87,24 @@ class ShardReader:
         return place
 
     def _layout(self, offset: int) -> tuple[np.dtype, tuple[int, ...], int]:
-        if offset not in self._layouts:
-            head = io.BytesIO(self._read_at(offset, 128))
-            np.lib.format.read_magic(head)
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(head)
+        head = self._read_at(offset, 128)
+        if head not in self._layouts:  # arrays of a shard are alike: few heads differ
+            file = io.BytesIO(head)
+            np.lib.format.read_magic(file)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
             if fortran:
                 raise ArtifactError(f"{self.paths.tar}: an array in Fortran order")
-            self._layouts[offset] = (dtype, shape, head.tell())
-        return self._layouts[offset]
+            self._layouts[head] = (dtype, shape, file.tell())
+        return self._layouts[head]
 
     def _read_at(self, offset: int, size: int) -> bytes:
         content = self._tar.read_at(offset, size)
         if len(content) != size:
-            raise ArtifactError(f"{self.paths.tar} is cut short: {size} bytes at {offset} are not there")
+            raise self._cut_short(size, offset)
         return content
+
+    def _cut_short(self, size: int, offset: int) -> ArtifactError:
+        return ArtifactError(f"{self.paths.tar} is cut short: {size} bytes at {offset} are not there")
 
 
 class ShardFolder:

@@ -41,6 +41,10 @@ class Tar(Protocol):
         """So many bytes, fewer where the file ends."""
         ...
 
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """Fill a buffer; returns how many bytes there were, fewer where the file ends."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -53,18 +57,22 @@ class LocalTar:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("rb", buffering=0)
+        self._fd = self._file.fileno()
 
     @property
     def size(self) -> int:
-        return os.fstat(self._file.fileno()).st_size
+        return os.fstat(self._fd).st_size
 
     @property
     def state(self) -> str:
-        found = os.fstat(self._file.fileno())
+        found = os.fstat(self._fd)
         return f"{found.st_size}:{found.st_mtime_ns}:{found.st_ino}"
 
     def read_at(self, offset: int, size: int) -> bytes:
-        return os.pread(self._file.fileno(), size, offset)
+        return os.pread(self._fd, size, offset)
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        return os.preadv(self._fd, [buffer], offset)
 
     def close(self) -> None:
         self._file.close()
@@ -107,6 +115,11 @@ class RemoteTar:
         blocks = self._blocks(numbers)
         start = numbers[0] * BLOCK
         return b"".join(blocks)[offset - start : end - start]
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        content = self.read_at(offset, len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
 
     def close(self) -> None:
         """Nothing is held."""

@@ -120,7 +120,7 @@ def train(
     speed = RunLog(settings, accelerator, run_log, trainer.flops, belongs_to[:16])
     with Stop() as stop, speed, deterministic_kernels(accelerator.device), log or contextlib.nullcontext():
         for line, sets, seconds in steps:
-            speed.add(line, sets, seconds, last=line.step == plan.steps)
+            speed.add(line, sets, seconds, last=line.step == plan.steps, waited=trainer.waited)
             if log is not None:
                 log.write(line.encoded())
                 log.flush()
@@ -178,6 +178,8 @@ class _Trainer:
         )
         self.log: list[LogLine] = []
         self._shapes: dict[str, Sequence[int]] = {}
+        self.waited = 0.0
+        """Seconds of the last step in which it waited for data."""
 
     def run(self, plan: BatchPlan) -> Iterator[tuple[LogLine, int, float]]:
         """The steps after those already done, each with its sets and seconds (without its validation)."""
@@ -197,8 +199,12 @@ class _Trainer:
             began = time.monotonic()
             self._seed_layers(step)
             total = torch.zeros((), device=self.accelerator.device)
+            self.waited = 0.0
             for _ in plan.micro_batches(batch):
-                total += self._accumulate(next(micro_batches), epoch, len(batch))
+                asked = time.monotonic()
+                micro = next(micro_batches)
+                self.waited += time.monotonic() - asked
+                total += self._accumulate(micro, epoch, len(batch))
             value = self.accelerator.reduce(total, "sum").item()  # type: ignore[union-attr]
             if not math.isfinite(value):
                 raise self._stopped(f"the loss of step {step:,} is {value}", batch)

@@ -44,7 +44,7 @@ class RunLog:
         self._settings, self._accelerator, self._flops = settings, accelerator, flops
         self._per_set: int | None = None
         self._sets = self._all_sets = 0
-        self._seconds = self._all_seconds = 0.0
+        self._seconds = self._all_seconds = self._waited = self._all_waited = 0.0
         self._path = path if accelerator.is_main_process else None
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,16 +56,21 @@ class RunLog:
             asked = {"wandb": wandb} if "wandb" in settings.trackers else {}
             accelerator.init_trackers(_PROJECT, config=plain, init_kwargs=asked)
 
-    def add(self, line: LogLine, sets: int, seconds: float, last: bool) -> None:
-        """One step of so many sets over all processes took so long: reading, encoding, computing, not checkpoints."""
+    def add(self, line: LogLine, sets: int, seconds: float, last: bool, waited: float = 0.0) -> None:
+        """One step of so many sets over all processes took so long: reading, encoding, computing, not checkpoints.
+
+        Args:
+            waited: seconds of them in which this process waited for data.
+        """
         if not self._accelerator.is_main_process:
             return
         self._sets, self._seconds = self._sets + sets, self._seconds + seconds
         self._all_sets, self._all_seconds = self._all_sets + sets, self._all_seconds + seconds
+        self._waited, self._all_waited = self._waited + waited, self._all_waited + waited
         if line.step % self._settings.log_every and not last:
             return
-        found = self._figures(self._sets, self._seconds)
-        self._sets, self._seconds = 0, 0.0
+        found = self._figures(self._sets, self._seconds, self._waited)
+        self._sets, self._seconds, self._waited = 0, 0.0, 0.0
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": line.step, **found}) + "\n")
@@ -83,13 +88,21 @@ class RunLog:
         """What to say of the whole run; empty where no step was taken."""
         if not self._all_sets:
             return ""
-        found = self._figures(self._all_sets, self._all_seconds)
+        found = self._figures(self._all_sets, self._all_seconds, self._all_waited)
         mfu = f", MFU {found['mfu']:.1%}" if "mfu" in found else ""
-        return f"{found['sets_per_second']:.3g} sets a second{mfu}, peak memory {found['peak_memory_gb']:.2f} GB"
+        waited = f", {found['waiting_share']:.1%} of it waiting for data"
+        return (
+            f"{found['sets_per_second']:.3g} sets a second{mfu}{waited}, peak memory {found['peak_memory_gb']:.2f} GB"
+        )
 
-    def _figures(self, sets: int, seconds: float) -> dict[str, float]:
-        speed = sets / max(seconds, 1e-9)
-        found = {"sets_per_second": speed, "peak_memory_gb": peak_memory(self._accelerator.device) / 1e9}
+    def _figures(self, sets: int, seconds: float, waited: float) -> dict[str, float]:
+        seconds = max(seconds, 1e-9)
+        speed = sets / seconds
+        found = {
+            "sets_per_second": speed,
+            "waiting_share": waited / seconds,
+            "peak_memory_gb": peak_memory(self._accelerator.device) / 1e9,
+        }
         if self._settings.peak_tflops is not None:
             if self._per_set is None:
                 self._per_set = self._flops()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import benchmarks.models
-from benchmarks.__main__ import PAPER_SIZE, SMALL
+from benchmarks.__main__ import DATA, PAPER_SIZE, SMALL
 from benchmarks.measuring import Machine, Report
 
 STAND_IN = benchmarks.models.SMALL_UNET | {"cross_attention_dim": 1024}
@@ -29,6 +29,23 @@ def test_a_benchmark_ends_with_its_figures(monkeypatch, capsys, name):
     assert ended["ok"] == (code == 0)
     if name in ("cached_context", "training_pass", "int8_context", "gradient_checkpointing"):
         assert ended["ok"], ended  # exactness does not depend on the machine
+
+
+@pytest.mark.parametrize(
+    "name, argv",
+    [
+        ("captions", ["--captions", "600", "--fuzzed", "300", "--rows", "0"]),
+        ("reads", ["--sets", "100", "--passes", "1"]),
+        ("waiting", ["--sets", "20", "--workers", "1"]),
+    ],
+)
+def test_a_benchmark_of_data_ends_with_its_figures(monkeypatch, capsys, name, argv):
+    monkeypatch.setattr("sys.argv", [name, *argv])
+    code = importlib.import_module(f"benchmarks.{name}").main()
+    ended = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert name in DATA and ended["name"] == name and ended["ok"] == (code == 0)
+    assert ended["figures"].keys() >= ended["reach"].keys() > set()
+    assert not ended["figures"].get("differences") and not ended["figures"].get("fuzzed_differences")
 
 
 def test_a_report_falls_short_where_a_figure_does(capsys, monkeypatch):

@@ -56,3 +56,12 @@ def test_keys_that_do_not_fit_are_refused(key):
 
 def test_purposes_are_independent():
     assert namespaced(0, "noise") != namespaced(0, "timestep") != namespaced(1, "timestep")
+
+
+@given(seed=st.integers(0, 2**64 - 1), key=st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=3))
+def test_it_is_numpys_philox_with_this_key_and_counter(seed, key):
+    counter = np.array([0, *reversed(key), *[0] * (3 - len(key))], np.uint64)
+    expected = np.random.Generator(np.random.Philox(key=np.array([seed, len(key)], np.uint64), counter=counter))
+    drawn = keyed_generator(seed, *key)
+    assert drawn.integers(2**32) == expected.integers(2**32)
+    assert np.array_equal(drawn.standard_normal(9), expected.standard_normal(9))

@@ -24,10 +24,11 @@ def test_speed_and_mfu_are_those_of_the_steps_since_the_last_line(tmp_path):
     settings = toy_settings(log_every=2, peak_tflops=2.0)
     with RunLog(settings, open_accelerator(COMPUTE), path, lambda: int(1e12), "a run") as log:
         for step, seconds in enumerate((1.0, 3.0, 8.0), 1):
-            log.add(line(step), sets=4, seconds=seconds, last=step == 3)
+            log.add(line(step), sets=4, seconds=seconds, last=step == 3, waited=seconds / step)
     found = [json.loads(text) for text in path.read_text().splitlines()]
     assert [(one["step"], one["sets_per_second"], one["mfu"]) for one in found] == [(2, 2.0, 1.0), (3, 0.5, 0.25)]
-    assert log.said().startswith("1 sets a second, MFU 50.0%, peak memory ")
+    assert [one["waiting_share"] for one in found] == pytest.approx([2.5 / 4, 1 / 3])
+    assert log.said().startswith("1 sets a second, MFU 50.0%, 43.1% of it waiting for data, peak memory ")
 
 
 def test_peak_memory_is_what_the_process_has_held():
