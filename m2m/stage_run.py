@@ -209,8 +209,16 @@ def _lead(
             if team.count > 1 and not config.made_together:
                 raise ConfigError(f"{stage.key} is made by one process; {team.count} were started together")
             team.tell(_Work(partial, folders, print_))
-            with team.working():
-                function(config, run)
+            try:
+                with team.working():
+                    function(config, run)
+            except Exception:
+                placed = artifacts.read_manifest(final)
+                if current == placed or placed is None or placed.fingerprint != print_:
+                    raise
+                # another worker found all shards whole, and put the folder in its place under this one's hands
+                progress.made(placed, final, shards=keys, fresh=False)
+                return Outcome(final, placed, False, f"{final} was finished by another worker")
             if run.incomplete:
                 _record_run(stage, profile, run, started, None)
                 return Outcome(partial, None, True, run.incomplete)

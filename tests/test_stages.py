@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,27 @@ def test_a_crash_just_before_the_swap_loses_nothing(tmp_path, stage, monkeypatch
     calls.clear()
     assert run_stage(stage, profile(tmp_path), progress=quiet).manifest
     assert calls == []
+
+
+def test_a_worker_whose_folder_another_puts_in_place_finds_it_done(tmp_path, stage, monkeypatch):
+    """Tasks of an array that come to a whole output together: one finishes while the others still look at it."""
+    workers = dataclasses.replace(stage, partitioned=True, function=f"{__name__}:overtaken")
+    monkeypatch.setitem(STAGES, "copy", workers)
+    outcome = run_stage(workers, profile(tmp_path), progress=quiet)
+    assert not outcome.fresh and outcome.manifest == artifacts.read_manifest(tmp_path / "out" / "copy")
+    assert [file.name for file in sorted(outcome.folder.glob("*.txt"))] == ["0.txt", "1.txt"]
+
+
+def overtaken(config: Copy, run: StageRun) -> None:
+    """Another process makes all of it meanwhile."""
+    if "overtaken" not in calls:
+        calls.append("overtaken")
+        other = os.fork()
+        if other == 0:
+            run_stage(run.stage, run.profile, progress=quiet)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 0
+    copy(config, run)
 
 
 def test_a_broken_promise_keeps_the_output_out_of_place(tmp_path, stage):

@@ -4,7 +4,7 @@ Belongs here: states of tasks, read together. Not here: asking for them (`slurm_
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from m2m.cli import EXIT_CALL_AGAIN
@@ -14,11 +14,12 @@ from orchestration.launchers import slurm_jobs
 from orchestration.launchers.slurm_jobs import Task
 
 _SIGTERM = -15
+_NO_OUTPUT = -53  # no signal: so Slurm says that it could not open the files for what the job prints
 _TOO_LARGE = re.compile(r"slurmstepd.*(exceeded .*memory|oom.?kill)", re.IGNORECASE)  # where it is no state of its own
 
 
 def end_of(
-    stage: Stage, asked: Resources, job: str, ends: Sequence[Task], last_lines: Collection[str], folder: Path
+    stage: Stage, asked: Resources, job: str, ends: Sequence[Task], last_lines: Iterable[str], folder: Path
 ) -> tuple[int, str | None]:
     """The job's end as a command's: an exit code, and why where Slurm knows that better.
 
@@ -38,11 +39,11 @@ def end_of(
                 return -9, f"{stage.key} ran out of memory (job {job}); {more}"
             case "CANCELLED":
                 return 1, f"{stage.key}: job {job} was cancelled on the cluster; {kept}"
-            case "FAILED" if last_lines or end.exit_code < 0:
-                return end.exit_code or 1, None
+            case "FAILED" if end.exit_code == _NO_OUTPUT:
+                silent = f"the node of job {job} can't write to {folder}"
+                return 1, f"{stage.key}: {silent}: nodes must share this file system with Dagster; set M2M_OUTPUTS"
             case "FAILED":
-                silent = f"job {job} failed with exit code {end.exit_code} and has written nothing to {folder}"
-                return end.exit_code or 1, f"{stage.key}: {silent}: the nodes must share this file system with Dagster"
+                return end.exit_code or 1, None
         return end.exit_code or 1, f"{stage.key}: job {job} ended as {end.state} ({end.reason}); {kept}"
     taken = [task for task in ends if _goes_on(task)]
     if not taken:

@@ -25,7 +25,7 @@ def running() -> list[str]:
     return slurm("squeue", "-h", "--me", "-t", "RUNNING", "-o", "%A").split()
 
 
-def wait_for(happens: Callable[[], object], seconds: float = 60) -> float:
+def wait_for(happens: Callable[[], object], seconds: float = 120) -> float:
     """How long it took."""
     started = time.monotonic()
     while not happens():

@@ -150,7 +150,7 @@ def test_a_setup_that_fails_is_told(materialize):
 def test_a_node_that_does_not_share_the_file_system_is_told(materialize):
     """It can't write what the job prints to where Dagster reads it."""
     result = materialize(launcher=toy_launcher(sbatch=["--output=/proc/not/shared", "--error=/proc/not/shared"]))
-    assert "has written nothing to" in why(result) and "must share this file system" in why(result)
+    assert "can't write to" in why(result) and "must share this file system" in why(result)
 
 
 def test_without_slurm_the_launcher_says_so(materialize, monkeypatch):
