@@ -34,6 +34,10 @@ $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
 	@$(INSTALL) -r requirements-dev.lock
 	@touch $@
 
+$(VENV)/.installed-services: requirements-services.lock $(VENV)/.installed-dev
+	@$(INSTALL) -r requirements-services.lock
+	@touch $@
+
 $(DAGSTER_HOME)/dagster.yaml: orchestration/dagster.yaml
 	@mkdir -p $(@D)
 	@cp $< $@
@@ -55,9 +59,11 @@ test: install-dev ## the tests
 bench: install ## the promises of speed, memory and exactness, measured (benchmarks/README.md)
 	@$(RUN) -m benchmarks
 
-test-services: install-dev ## the tests that need services (a real Slurm, S3, a browser): started on loopback, ended after them
-	@trap 'services/slurm/down.sh' EXIT; \
+test-services: $(VENV)/.installed-services ## the tests that need services (Slurm, Ray, Postgres, S3, a browser): started on loopback, ended after them
+	@trap 'services/slurm/down.sh; services/postgres/down.sh; services/ray/down.sh' EXIT; \
 	services/slurm/up.sh 2 || test $$? = 77; \
+	services/postgres/up.sh || test $$? = 77; \
+	PYTHON=$(CURDIR)/$(RUN) services/ray/up.sh || test $$? = 77; \
 	$(RUN) -m pytest -m 'services and not slow' -rs
 
 lint: install-dev ## style and types

@@ -1,6 +1,7 @@
 """Resolve pyproject.toml's ranges from scratch and write the lock files: `python .ci/lock.py` (make lock).
 
-Belongs here: pip's resolver asked once for everything, its answer split into what runs and what only developers need.
+Belongs here: pip's resolver asked once for everything, its answer split into what runs, what only
+developers need, and what only tests of services need.
 """
 
 import json
@@ -31,6 +32,9 @@ def main() -> None:
     needed &= everything  # one version of each, also where developers' tools narrow it
     Path("requirements.lock").write_text(HEAD + "".join(f"{line}\n" for line in sorted(needed)))
     Path("requirements-dev.lock").write_text(HEAD + "".join(f"{line}\n" for line in sorted(everything - needed)))
+    pinned = [argument for name in ("requirements.lock", "requirements-dev.lock") for argument in ("-c", name)]
+    more = resolve(".[dev,services]", *pinned) - everything
+    Path("requirements-services.lock").write_text(HEAD + "".join(f"{line}\n" for line in sorted(more)))
 
 
 if __name__ == "__main__":

@@ -6,19 +6,27 @@ Belongs here: reading the choice. Not here: launchers.
 import difflib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 from pydantic import ValidationError
 
 from m2m.errors import ConfigError
+from orchestration.launchers.kubernetes import KubernetesLauncher
 from orchestration.launchers.local import LocalLauncher
+from orchestration.launchers.ray import RayLauncher
 from orchestration.launchers.slurm import SlurmLauncher
 
-LAUNCHERS: dict[str, type[LocalLauncher] | type[SlurmLauncher]] = {"local": LocalLauncher, "slurm": SlurmLauncher}
+AnyLauncher: TypeAlias = LocalLauncher | SlurmLauncher | KubernetesLauncher | RayLauncher
+LAUNCHERS: dict[str, type[AnyLauncher]] = {
+    "local": LocalLauncher,
+    "slurm": SlurmLauncher,
+    "kubernetes": KubernetesLauncher,
+    "ray": RayLauncher,
+}
 
 
-def chosen_launcher(given: str | None = None) -> LocalLauncher | SlurmLauncher:
+def chosen_launcher(given: str | None = None) -> AnyLauncher:
     """The launcher of `M2M_LAUNCHER`: a name, or a YAML file with `launcher: NAME` and its settings; local by default.
 
     Raises:
@@ -36,7 +44,7 @@ def chosen_launcher(given: str | None = None) -> LocalLauncher | SlurmLauncher:
     return _made(settings.pop("launcher"), settings, given)
 
 
-def _made(name: str, settings: dict[str, Any], where: str) -> LocalLauncher | SlurmLauncher:
+def _made(name: str, settings: dict[str, Any], where: str) -> AnyLauncher:
     if name not in LAUNCHERS:
         raise ConfigError(f"{where}: {name} is not a launcher. There are: {', '.join(LAUNCHERS)}")
     known = LAUNCHERS[name].model_fields
@@ -45,6 +53,10 @@ def _made(name: str, settings: dict[str, Any], where: str) -> LocalLauncher | Sl
             near = difflib.get_close_matches(setting, known, 1)
             meant = f" Did you mean {near[0]}?" if near else f" There are: {', '.join(known)}"
             raise ConfigError(f"{where}: {setting} is not a setting of {name}.{meant}")
+    for setting, field in known.items():
+        if field.is_required() and setting not in settings:
+            said = f"{name} needs {setting} ({field.description})"
+            raise ConfigError(f"{where}: {said}, in a YAML file that M2M_LAUNCHER names")
     try:
         return LAUNCHERS[name](**settings)
     except ValidationError as error:

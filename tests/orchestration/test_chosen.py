@@ -26,7 +26,10 @@ def test_a_file_says_its_settings(tmp_path):
     ("text", "reason"),
     [
         ("partition: a100", "must say `launcher: NAME`"),
-        ("launcher: slrm", "slrm is not a launcher. There are: local, slurm"),
+        ("launcher: slrm", "slrm is not a launcher. There are: local, slurm, kubernetes, ray"),
+        ("launcher: kubernetes\nnamespace: m2m", "kubernetes needs image (with this package"),
+        ("launcher: kubernetes\nimage: m2m\nnode_selectors: {}", "Did you mean node_selector?"),
+        ("launcher: ray\nadress: http://head:8265", "adress is not a setting of ray. Did you mean address?"),
         ("launcher: slurm\npartitoin: a100", "partitoin is not a setting of slurm. Did you mean partition?"),
         ("launcher: slurm\nshards_per_task: 0", "shards_per_task: Input should be greater than or equal to 1"),
         ("a: [", "can't be read"),
