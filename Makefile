@@ -55,9 +55,10 @@ test: install-dev ## the tests
 bench: install ## the promises of speed, memory and exactness, measured (benchmarks/README.md)
 	@$(RUN) -m benchmarks
 
-test-services: install-dev ## the tests that need a real Slurm, or S3: set up on loopback, and taken down after them
-	@$(RUN) -m pytest -m services tests/lineage
-	@trap 'services/slurm/down.sh' EXIT; services/slurm/up.sh && $(RUN) -m pytest tests/orchestration/test_slurm.py
+test-services: install-dev ## the tests that need services (a real Slurm, S3, a browser): started on loopback, ended after them
+	@trap 'services/slurm/down.sh' EXIT; \
+	services/slurm/up.sh 2 || test $$? = 77; \
+	$(RUN) -m pytest -m 'services and not slow' -rs
 
 lint: install-dev ## style and types
 	@$(RUN) -m ruff check .

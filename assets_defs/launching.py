@@ -5,13 +5,16 @@ Not here: launchers (`orchestration/launchers`), so that nothing here points up.
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import dagster as dg
 from pydantic import Field
 
+import m2m
 from assets_defs.checks import check_specs
 from assets_defs.profile import PROFILE
+from m2m.planned import recall_plan
 from m2m.stages import STAGES, Stage
 
 Results: TypeAlias = Iterator[dg.MaterializeResult | dg.AssetCheckResult]
@@ -55,18 +58,30 @@ class Launcher(Protocol):
         ...
 
 
-def declared(stage_key: str) -> dict[str, Any]:
-    """What the registry says of a stage, as arguments of `@asset`."""
+def declared(stage_key: str, *sources: dg.AssetKey) -> dict[str, Any]:
+    """What the registry says of a stage, as arguments of `@asset`; `sources` are inputs that no stage makes."""
     stage = STAGES[stage_key]
     return {
-        "deps": [STAGES[key].asset for key in stage.inputs.values()],
+        "deps": [*sources, *(STAGES[key].asset for key in stage.inputs.values())],
         "check_specs": check_specs(stage),
         "group_name": stage.group,
         "kinds": set(stage.kinds),
+        "tags": {"m2m/command": stage.command, "m2m/profile": PROFILE.name},
         "description": stage.description,
         "code_version": str(stage.version),
         "metadata": {
             "command": stage.make_command(PROFILE),
             "output": dg.MetadataValue.path(stage.folder(PROFILE)),
+            "dagster/code_references": dg.CodeReferencesMetadataValue(code_references=[_where(stage)]),
+            **recall_plan(stage, PROFILE),  # what `m2m plan`, or the last run, counted for this profile
         },
     }
+
+
+def _where(stage: Stage) -> dg.LocalFileCodeReference:
+    """The function that does the stage's work; its module is read and not imported."""
+    module, _, function = stage.function.partition(":")
+    path = Path(m2m.__file__).parents[1] / f"{module.replace('.', '/')}.py"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    line = next((number for number, text in enumerate(lines, 1) if text.startswith(f"def {function}(")), 1)
+    return dg.LocalFileCodeReference(file_path=str(path), line_number=line, label=f"{stage.key} ({function})")

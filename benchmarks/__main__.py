@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 SMALL = ("cached_context", "training_pass", "int8_context", "gradient_checkpointing", "training_attention")
+OF_RUNS = ("launchers",)  # whole processes of Dagster's, not calls of a model
 PAPER_SIZE = ("step_time",)
 
 
@@ -17,7 +18,7 @@ def main() -> int:
     parser.add_argument("--paper-size", action="store_true", help="models of the paper's size too: minutes on a CPU")
     given, further = parser.parse_known_args()
     rows = []
-    for name in SMALL + (PAPER_SIZE if given.paper_size else ()):
+    for name in SMALL + OF_RUNS + (PAPER_SIZE if given.paper_size else ()):
         ran = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *further], stdout=subprocess.PIPE, text=True)
         lines = ran.stdout.splitlines()
         print("\n".join(lines[:-1]), flush=True)

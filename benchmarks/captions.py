@@ -1,6 +1,7 @@
-"""Counting CLIP tokens of captions that nobody has seen before: `m2m.data.tokens` against CLIPTokenizerFast on lists.
+"""Captions that nobody has seen before: counting their CLIP tokens, and the whole filter, against CLIPTokenizerFast.
 
-Also whether the two ever differ (captions and fuzzed strings), and the whole filter's memory as its source grows.
+It is called on lists. Also whether counts ever differ (captions and fuzzed strings), and the filter's memory as its
+source grows.
 `python -m benchmarks.captions [--captions N] [--fuzzed N] [--rows N]`
 """
 
@@ -13,7 +14,12 @@ import tempfile
 import time
 from pathlib import Path
 
+from m2m.config import Profile
+from m2m.data.captions import FilterCaptions, filter_captions
 from m2m.data.tokens import VOCABULARY, TokenCounter
+from m2m.progress import Progress
+from m2m.stage_run import StageRun
+from m2m.stages import STAGES
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "captions" / "alt_texts_10k.tsv"
 TINY = Path(__file__).parents[1] / "m2m" / "tiny" / "data" / "captions.tsv"
@@ -50,13 +56,24 @@ def fuzzed(count: int, seed: int) -> list[str]:
     return [one() for _ in range(count)]
 
 
+def seconds_of_filter(captions: list[str], folder: Path) -> float:
+    """CPU-seconds of the stage's function in this process: reading, counting, splits, both tables."""
+    source = folder / "new.tsv"
+    source.write_text("".join(f"http://u\t{caption}\n" for caption in captions), encoding="utf-8", newline="\n")
+    profile = Profile(Path("p.yaml"), {}, folder, root=folder)
+    run = StageRun(STAGES["filter-captions"], profile, folder, {}, "", Progress(quiet=True))
+    started = time.process_time()
+    filter_captions(FilterCaptions(source=source, workers=0), run)
+    return time.process_time() - started
+
+
 def peak_of_filter(rows: int, folder: Path) -> float:
     """MB of resident memory at the peak of the stage over so many rows, in a process of its own."""
     source = folder / f"{rows}.tsv"
-    block = "".join(f"http://u\t{caption}\n" for caption in invented(20_000, 7))
+    captions = invented(20_000, 7)
     with source.open("w", encoding="utf-8") as f:
-        for first in range(0, rows, 20_000):
-            f.write(block.replace("http://u\t", f"http://u\t{first} "))
+        for first in range(0, rows, len(captions)):  # the row's number is a word that was never met
+            f.writelines(f"http://u\t{first + i} {caption}\n" for i, caption in enumerate(captions))
     done = subprocess.run(
         [sys.executable, "-c", _FILTER, str(source), str(folder)], capture_output=True, text=True, check=True
     )
@@ -65,7 +82,7 @@ def peak_of_filter(rows: int, folder: Path) -> float:
 
 
 _FILTER = """
-import resource, sys
+import sys
 from pathlib import Path
 from m2m.config import Profile
 from m2m.data.captions import FilterCaptions, filter_captions
@@ -78,7 +95,8 @@ out.mkdir(exist_ok=True)
 profile = Profile(Path("p.yaml"), {}, folder, root=folder)
 run = StageRun(STAGES["filter-captions"], profile, out, {}, "", Progress(quiet=True))
 filter_captions(FilterCaptions(source=source, workers=0), run)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+status = Path("/proc/self/status").read_text()  # getrusage's peak would count the parent's memory before the exec
+print(int(status.partition("VmHWM:")[2].split()[0]) / 1024)
 """
 
 
@@ -109,24 +127,34 @@ def main() -> int:
     own_again, more = rate(counter.count, batches[1])
     their_again, expected = rate(reference, batches[1])
     differences = sum(a != b for a, b in zip(own_counts + more, their_counts + expected))
+    new = invented(args.captions, 3)
+    with tempfile.TemporaryDirectory() as folder:
+        filtering = len(new) / seconds_of_filter(new, Path(folder))
     odd = fuzzed(args.fuzzed, 2)
     fuzz_differences = sum(a != b for a, b in zip(counter.count(odd), reference(odd)))
     print(
         f"{own:,.0f} captions a CPU-second from an empty memo, {own_again:,.0f} after; "
-        f"CLIPTokenizerFast {theirs:,.0f}, {their_again:,.0f}"
+        f"the whole filter {filtering:,.0f}; CLIPTokenizerFast {theirs:,.0f}, {their_again:,.0f}"
     )
     figures: dict[str, float] = {
         "captions_per_cpu_second": round(own_again),
         "clip_tokenizer_fast": round(their_again),
         "times_faster": round(own_again / their_again, 2),
         "times_faster_from_empty_memo": round(own / theirs, 2),
+        "filter_captions_per_cpu_second": round(filtering),
+        "filter_times_faster": round(filtering / theirs, 2),
         "captions": args.captions,
         "differences": differences,
         "fuzzed": args.fuzzed,
         "fuzzed_differences": fuzz_differences,
     }
-    reach: dict[str, str] = {"times_faster": ">= 3", "differences": "0", "fuzzed_differences": "0"}
-    ok = own_again >= 3 * their_again and differences == fuzz_differences == 0
+    reach: dict[str, str] = {
+        "times_faster": ">= 3",
+        "filter_times_faster": ">= 3",
+        "differences": "0",
+        "fuzzed_differences": "0",
+    }
+    ok = own_again >= 3 * their_again and filtering >= 3 * theirs and differences == fuzz_differences == 0
     if args.rows:
         with tempfile.TemporaryDirectory() as folder:
             small, large = (peak_of_filter(args.rows * times, Path(folder)) for times in (1, 5))

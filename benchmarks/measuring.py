@@ -10,7 +10,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,12 +64,17 @@ class Machine:
 
         On one CPU thread they are the process's own time, which other work on the machine does not lengthen.
         """
-        taken: list[float] = []
-        for _ in range(self.repeats + 1):  # the first one allocates, picks kernels and compiles
-            started = self._now()
-            call(*args)
-            taken.append(self._now() - started)
-        return statistics.median(taken[1:] or taken)
+        return self.seconds_in_turn({"": lambda: call(*args)})[""]
+
+    def seconds_in_turn(self, calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+        """Median seconds of calls that are compared: all of them once, then all of them again."""
+        taken: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(self.repeats + 1):  # the first ones allocate, pick kernels and compile
+            for name, call in calls.items():
+                started = self._now()
+                call()
+                taken[name].append(self._now() - started)
+        return {name: statistics.median(seconds[1:] or seconds) for name, seconds in taken.items()}
 
     def extra_bytes(self, call: Callable[[], Any]) -> int:
         """Most memory that a call holds beyond what was held before it (on a CPU: resident memory; Linux)."""

@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from benchmarks.measuring import Machine
-from m2m.models.image_set_attention import ImageSetAttention, set_attention
+from m2m.models.image_set_attention import ImageSetAttention, Nothing, set_attention
 from m2m.models.origin import many_to_many_config
 from m2m.models.sd21 import DINOV2_GIANT_WIDTH, SD21_BASE_UNET
 from m2m.models.unet import ManyToManyUNet, Variant
@@ -79,15 +79,19 @@ class _Joint:
 
     sets: int
     images: int
+    copies: int = 1
 
     def shift(self, layer: int) -> None:
         return None
 
-    def attend(self, attention: ImageSetAttention, hidden: Tensor) -> Tensor:
+    def attend(self, attention: ImageSetAttention, hidden: Tensor) -> list[Tensor | Nothing]:
         clean, noisy = hidden.split([self.sets * self.images, self.sets])
         k, v = attention.keys_and_values(clean.unflatten(0, (self.sets, self.images)))
         read = set_attention(attention.queries(noisy), k, v).flatten(2)
-        return torch.cat([read.new_zeros(*clean.shape[:-1], read.shape[-1]), read])
+        return [Nothing(len(clean)), read]
+
+    def going_on(self, hidden: Tensor) -> Tensor:
+        return hidden[-self.sets :]
 
 
 def _allocated(model: Any, machine: Machine) -> Any:

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from m2m.data.sets import LATENTS, chosen_images
-from m2m.data.shards import ShardFolder, ShardPaths, ShardWriter, npy_bytes
+from m2m.data.shard_reader import ShardFolder
+from m2m.data.shards import ShardPaths, ShardWriter, npy_bytes
 
 SHAPE = (25, 4, 64, 64)
 PER_SHARD = 50

@@ -20,6 +20,7 @@ from m2m.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 SUMMARY = "summary.json"
+ELSEWHERE = "elsewhere.json"
 
 
 class FileRecord(Settings):
@@ -64,6 +65,27 @@ class Summary(Settings):
     checks: dict[str, str] = Field(default={}, description="name -> empty when it holds, or why not")
 
 
+class Elsewhere(Settings):
+    """Where the large files of a folder lie that are not in it; stands beside the manifest, and is no part of it."""
+
+    url: str = Field(description="of the whole folder, for example s3://bucket/outputs/gpu/generate-sets")
+    ending: str = Field(default=".tar", description="of the files that lie there")
+
+
+def read_elsewhere(folder: Path) -> Elsewhere | None:
+    """Where the folder's large files lie; None where they lie in it.
+
+    Raises:
+        ArtifactError: the note is malformed.
+    """
+    try:
+        return Elsewhere.model_validate_json((folder / ELSEWHERE).read_bytes())
+    except OSError:
+        return None
+    except ValueError as error:
+        raise ArtifactError(f"{folder / ELSEWHERE}: can't be read: {' '.join(str(error).split())[:200]}") from None
+
+
 def read_manifest(folder: Path) -> Manifest | None:
     """The folder's manifest; None where there is none or it can't be read as one."""
     try:
@@ -85,10 +107,16 @@ def read_summary(folder: Path) -> Summary:
 
 
 def faults(folder: Path, manifest: Manifest, *, content: bool = False) -> list[str]:
-    """What of the manifest does not hold: missing files, other sizes and, with `content`, other bytes."""
+    """What of the manifest does not hold: missing files, other sizes and, with `content`, other bytes.
+
+    Files that lie elsewhere are not asked for there: their readers find what is wrong with them.
+    """
     found = []
+    there = read_elsewhere(folder)
     for record in manifest.files:
         path = folder / record.path
+        if there is not None and record.path.endswith(there.ending) and not path.exists():
+            continue
         if not path.is_file():
             found.append(f"{record.path} is missing")
         elif path.stat().st_size != record.size:

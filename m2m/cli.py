@@ -4,24 +4,28 @@ Belongs here: arguments, exit codes. Not here: what a command does.
 """
 
 import argparse
+import contextlib
 import errno
 import importlib
 import sys
 from collections.abc import Callable, Sequence
 
+from m2m import processes
 from m2m.config import Profile, load_profile
 from m2m.errors import M2MError
 from m2m.progress import Progress, open_progress
 from m2m.stage_run import run_stage
 from m2m.stages import STAGES, Stage, commands, find_stage
+from m2m.training.stopping import STOPPED, ending_when_asked
 
 EXIT_BAD_INPUT = 2
-EXIT_CALL_AGAIN = 75  # stopped by a signal after a checkpoint (EX_TEMPFAIL): the same command goes on from there
+EXIT_CALL_AGAIN = STOPPED  # stopped by a signal, and the same command goes on from what is whole
 
+_TRAINED = "models"  # the group of stages that are trained: long, with checkpoints, by several processes
 # tool name -> (module with `add_arguments(parser)` and `main(args) -> int | None`, one line of help)
 TOOLS = {
     "plan": ("m2m.plan", "what a profile will do and cost, stage by stage"),
-    "shards": ("m2m.data.shards_cli", "list, show, verify or repair shards"),
+    "shards": ("m2m.data.shards_cli", "list, show, verify or repair shards; attach those of a store"),
     "data": ("m2m.data.data_cli", "what real data sets hold, and what of them is set aside and why"),
     "generate": ("m2m.pipelines.generate_cli", "images from images, with a trained model"),
     "compare": ("m2m.evaluation.compare", "two or more reports or evaluations, with confidence intervals"),
@@ -40,12 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if tool:
             return importlib.import_module(TOOLS[tool][0]).main(args) or 0
-        return _run_stage_command(args)
+        return _run_stage_command(args, arguments)
     except M2MError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         where = f" ({error.filename})" if error.filename else ""
         print(
@@ -68,6 +72,8 @@ def _parser(tool: str | None) -> argparse.ArgumentParser:
             sub.add_argument("--variant", required=True, choices=variants)
         if stage.partitioned:
             sub.add_argument("--shards", type=parse_shards, help="for example 0-3,7; all by default")
+        if stage.group == _TRAINED:
+            sub.add_argument("--processes", type=int, default=1, help="on this machine, one a GPU; default 1")
         sub.add_argument("--force", action="store_true", help="make it again although it is current")
         sub.add_argument(
             "--dry-run", action="store_true", help="check inputs, settings, models, resources; write nothing"
@@ -101,14 +107,20 @@ def parse_shards(text: str) -> list[int]:
     return sorted(found)
 
 
-def _run_stage_command(args: argparse.Namespace) -> int:
+def _run_stage_command(args: argparse.Namespace, arguments: Sequence[str]) -> int:
     stage = find_stage(args.command, getattr(args, "variant", None))
     profile = open_profile(args.config)
     if args.dry_run:
         from m2m.plan import dry_run
 
         return _say_all(lambda: dry_run(stage, profile, args.overrides))
-    with open_progress() as progress:
+    if stage.group == _TRAINED and args.processes > 1 and processes.count() == 1:
+        from m2m.ranks import run_together
+
+        return run_together([sys.executable, "-m", "m2m", *arguments], args.processes)
+    # others make their output shard by shard, or within minutes: a signal ends them as it ends any process
+    answering = ending_when_asked() if stage.group == _TRAINED else contextlib.nullcontext()
+    with answering, open_progress() as progress:
         return _run(stage, profile, args, progress)
 
 

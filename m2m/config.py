@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
@@ -28,6 +28,13 @@ class Source:
 
 class Incidental:
     """Marks a setting that can't change a byte of the result (workers, logging): it is no part of the fingerprint."""
+
+
+class Later:
+    """Marks a setting that came when outputs stood already: left at its default, it is no part of the fingerprint.
+
+    What was made before there was such a choice stays current.
+    """
 
 
 SourcePath = Annotated[Path, Source()]
@@ -118,6 +125,14 @@ class Profile:
         except ValidationError as error:
             raise ConfigError(_explain(error, config, f"{self.path}: {command}", command)) from None
 
+    def overridden(self, command: str, variant: str | None, overrides: Sequence[str]) -> "Profile":
+        """The profile as `key=value` overrides of one stage change it."""
+        section = dict(self.sections.get(command) or {})
+        for override in overrides:
+            parsed = _parse_override(override)
+            section = _merge(section, parsed if variant is None else {"variants": {variant: parsed}})
+        return replace(self, sections={**self.sections, command: section})
+
     def resources(self, command: str, variant: str | None = None) -> Resources:
         section = self.section(command, variant).get("resources") or {}
         try:
@@ -181,7 +196,7 @@ def identity(config: Settings, root: Path) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, info in type(config).model_fields.items():
         value = getattr(config, name)
-        if _marked(info, Incidental):
+        if _marked(info, Incidental) or (_marked(info, Later) and value == info.get_default()):
             continue
         if _marked(info, Source) and value is not None:
             values[name] = source_digest(value, root)

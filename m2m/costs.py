@@ -46,6 +46,7 @@ class Costs:
     def __init__(self, profile: Profile) -> None:
         self._profile, self._root = profile, profile.root
         self._passes: dict[Any, Pass] = {}
+        self._found: dict[str, Cost] = {}
 
     def of(self, stage: Stage) -> Cost:
         """The stage's cost.
@@ -53,6 +54,11 @@ class Costs:
         Raises:
             ConfigError, InputError: settings that are wrong, or models that are not known here.
         """
+        if stage.key not in self._found:
+            self._found[stage.key] = self._of(stage)
+        return self._found[stage.key]
+
+    def _of(self, stage: Stage) -> Cost:
         _, config = stage.configured(self._profile)
         match stage.command:
             case "filter-captions":
@@ -170,7 +176,8 @@ class Costs:
             variant = "self" if key == "pretrain@self" else "dino"
             source = self._stage_config("pretrain", variant)
             unet = self._unet(source, variant, dtype)
-            for sets, preceding, count in rollouts(config):
+            for each, preceding, count in rollouts(config):
+                sets = each * config.noise_seeds
                 images += sets * count
                 one = self._rollout(source, unet, variant, preceding, count, config, dtype)
                 flops, peak = flops + sets * one.flops, max(peak, one.peak_bytes + counted.weight_bytes(unet))

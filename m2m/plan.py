@@ -1,4 +1,4 @@
-"""Looking before leaping: what a stage, or a whole profile, would do and cost, with nothing written.
+"""Looking before leaping: what a stage, or a whole profile, would do and cost, with no output written.
 
 Belongs here: dry runs and the plan. Not here: what a stage's own config knows to check (`StageConfig.preview`), what it
 costs (`m2m.costs`).
@@ -48,9 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Dry-run every stage of a profile and say its cost; what would stop one is said, and the next is looked at."""
+    """Dry-run every stage of a profile and say its cost; what would stop one is said, and the next is looked at.
+
+    The figures are kept for the assets (`m2m.planned`).
+    """
     from m2m.cli import EXIT_BAD_INPUT, open_profile
     from m2m.costs import Costs, cost_lines
+    from m2m.planned import remember_plan
 
     profile = open_profile(args.config)
     costs = Costs(profile)
@@ -59,9 +63,11 @@ def main(args: argparse.Namespace) -> int:
         for lines in (
             lambda stage=stage: dry_run(stage, profile),
             lambda stage=stage: cost_lines(stage, costs, efficiency=args.efficiency, gpus=args.gpus, price=args.price),
+            lambda stage=stage: remember_plan(stage, profile, costs=costs) and [],
         ):
             try:
-                print("\n".join(lines()), flush=True)
+                for line in lines():
+                    print(line, flush=True)
             except M2MError as error:
                 stopped += 1
                 print(f"{stage.key}: would stop: {error}")

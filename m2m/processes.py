@@ -1,7 +1,7 @@
-"""Several processes that make one output together, as torchrun and `accelerate launch` start them.
+"""Several processes that make one output together, as `--processes`, torchrun and `accelerate launch` start them.
 
 Belongs here: who leads, telling the others, that an error of the leader stops those who wait for it. Not here: how
-they share the work (`m2m.training`), starting them.
+they share the work (`m2m.training`), starting them (`m2m.ranks`, clusters).
 """
 
 import contextlib
@@ -17,18 +17,32 @@ _PATIENCE = timedelta(hours=2)  # for what the leader does alone: waiting for a 
 
 
 def count() -> int:
-    """How many processes were started together: torchrun's WORLD_SIZE, or one."""
+    """How many processes were started together: WORLD_SIZE, as torchrun has it, or one."""
     return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def rank() -> int:
+    """This process's number among them, from 0."""
+    return int(os.environ.get("RANK") or 0)
 
 
 def leads() -> bool:
     """Whether this process is the one that locks, writes and speaks."""
-    return int(os.environ.get("RANK") or 0) == 0
+    return rank() == 0
+
+
+def wait_for_all() -> None:
+    """Go on when all of them have come here; of one process alone nothing is asked."""
+    if count() > 1:
+        import torch
+
+        torch.distributed.all_reduce(torch.zeros(1))  # on the CPU, by gloo
 
 
 @dataclass(frozen=True)
 class _Failed:
     why: str
+    code: int | None = None  # of a leader that was asked to stop
 
 
 class Team:
@@ -51,8 +65,11 @@ class Team:
 
         Raises:
             M2MError: the leader has failed.
+            SystemExit: it was asked to stop; with its exit code.
         """
         word = _broadcast(None)
+        if isinstance(word, _Failed) and word.code is not None:
+            raise SystemExit(word.code)
         if isinstance(word, _Failed):
             raise M2MError(f"the leading process has stopped: {word.why}")
         return word
@@ -64,7 +81,8 @@ class Team:
             yield
         except BaseException as error:
             if self._heard:
-                self.tell(_Failed(str(error)))
+                asked = isinstance(error, SystemExit) and isinstance(error.code, int)
+                self.tell(_Failed(str(error), error.code if asked else None))
             raise
 
     @contextlib.contextmanager
@@ -86,6 +104,8 @@ def team() -> Iterator[Team]:
     # words go by gloo, gradients on GPUs by NCCL; Accelerate takes over what is there
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, timeout=_PATIENCE)
+    if torch.cuda.is_available():  # each its own GPU, where there are as many
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
     yield Team()
     torch.distributed.destroy_process_group()  # not after an error: the others may never come
 

@@ -8,7 +8,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,8 +57,22 @@ class Progress:
         if time.monotonic() - started >= _LOG_EVERY_SECONDS:
             self.log(f"{label or unit}: {done:,} {units} in {time.monotonic() - started:.0f} s")
 
-    def made(self, manifest: Manifest, folder: Path, *, shards: list[str] | None, fresh: bool) -> None:
-        """An output is whole. `shards` are partition keys, `fresh` whether this run made it."""
+    def made(
+        self,
+        manifest: Manifest,
+        folder: Path,
+        *,
+        shards: list[str] | None,
+        fresh: bool,
+        planned: Callable[[], Mapping[str, float | str]] = dict,
+    ) -> None:
+        """An output is whole.
+
+        Args:
+            shards: partition keys.
+            fresh: whether this run made it.
+            planned: the plan's figures; counting them may take a second.
+        """
 
     def kept(self, counts: Mapping[str, int], checks: Mapping[str, str | None], *, fingerprint: str, why: str) -> None:
         """Shards were made and kept, but others are missing: no output is whole yet. A check of None awaits that."""
@@ -77,9 +91,17 @@ class PipesProgress(Progress):
     def log(self, message: str) -> None:
         self._context.log.info(message)
 
-    def made(self, manifest: Manifest, folder: Path, *, shards: list[str] | None, fresh: bool) -> None:
+    def made(
+        self,
+        manifest: Manifest,
+        folder: Path,
+        *,
+        shards: list[str] | None,
+        fresh: bool,
+        planned: Callable[[], Mapping[str, float | str]] = dict,
+    ) -> None:
         summary = read_summary(folder) if (folder / "summary.json").exists() else Summary()
-        metadata = pipes_metadata(manifest, summary, folder) | lead(manifest, folder)
+        metadata = pipes_metadata(manifest, summary, folder) | lead(manifest, folder) | planned()
         metadata["made_by_this_run"] = {"raw_value": fresh, "type": "bool"}
         self._context.report_asset_materialization(metadata=metadata, data_version=manifest.fingerprint)
         for name, why in summary.checks.items():

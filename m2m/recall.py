@@ -64,12 +64,12 @@ def _path(profile: Profile, stage_key: str) -> Path:
 
 
 def _asked(function: str, settings: dict[str, Any], overrides: Sequence[str]) -> str:
-    said = json.dumps([function, settings, list(overrides), _code(function)], sort_keys=True, default=str)
+    said = json.dumps([function, settings, list(overrides), code_digest(function)], sort_keys=True, default=str)
     return hashlib.sha256(said.encode()).hexdigest()
 
 
 @cache
-def _code(function: str) -> str:
+def code_digest(function: str) -> str:
     """Digest of the package's sources and of the stage's own module, wherever that lies."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
     spec = importlib.util.find_spec(function.partition(":")[0])  # finds the file without running it

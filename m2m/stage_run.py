@@ -9,8 +9,9 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +20,8 @@ from typing import Any
 from m2m import artifacts, processes
 from m2m.artifacts import Manifest, Summary
 from m2m.config import Profile, resolve
-from m2m.errors import CheckFailed, ConfigError
+from m2m.errors import ArtifactError, CheckFailed, ConfigError
+from m2m.planned import recall_plan, remember_plan
 from m2m.progress import Progress
 from m2m.recall import recall_identity, remember_identity
 from m2m.stages import STAGES, Stage, shard_key
@@ -183,12 +185,18 @@ def _lead(
         current = artifacts.read_manifest(final)
         whole = current is not None and not artifacts.faults(final, current)
         if current is not None and current.fingerprint == print_ and whole and not force:
-            progress.made(current, final, shards=keys, fresh=False)
+            planned = _planned(stage, profile, overrides, progress)
+            progress.made(current, final, shards=keys, fresh=False, planned=planned)
             _drop_leftovers(final)
             return Outcome(final, current, False, f"{final} is current: nothing to do")
         function, config = stage.configured(profile, overrides)
         partial = final.with_name(f"{final.name}.partial-{print_[:12]}")
         if current is not None and current.fingerprint == print_ and not whole and not partial.exists():
+            if (there := artifacts.read_elsewhere(final)) is not None:
+                raise ArtifactError(
+                    f"{final} is damaged, and its tars lie at {there.url}: give `python -m m2m shards attach --url "
+                    f"{there.url}` again, or remove the folder to make it anew here"
+                )
             os.rename(final, partial)  # damaged: keep its good parts, finish the rest
         if force:
             shutil.rmtree(partial, ignore_errors=True)
@@ -216,8 +224,27 @@ def _lead(
                 artifacts.promote(partial, final)
         _drop_leftovers(final)
         _record_run(stage, profile, run, started, manifest)
-    progress.made(manifest, final, shards=keys, fresh=True)
+    planned = _planned(stage, profile, overrides, progress)
+    progress.made(manifest, final, shards=keys, fresh=True, planned=planned)
     return Outcome(final, manifest, True, f"{final}: {len(manifest.files)} files, {_counted(manifest.counts)}")
+
+
+def _planned(
+    stage: Stage, profile: Profile, overrides: Sequence[str], progress: Progress
+) -> Callable[[], Mapping[str, float | str]]:
+    """The plan's figures, for whom they interest; counted only where torch is loaded, which takes longer than that."""
+
+    def figures() -> Mapping[str, float | str]:
+        found = recall_plan(stage, profile, overrides)
+        if found or "torch" not in sys.modules:
+            return found
+        try:
+            return remember_plan(stage, profile, overrides)
+        except Exception as error:  # the output stands, whatever can't be counted of it
+            progress.log(f"{stage.key}: the plan's figures can't be counted: {error}")
+            return {}
+
+    return figures
 
 
 def _follow(stage: Stage, profile: Profile, overrides: Sequence[str], team: processes.Team) -> Outcome:

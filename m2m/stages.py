@@ -123,6 +123,7 @@ _ALL = [
             "models",
             "pytorch diffusers",
             variant=variant,
+            version=2,
             inputs={"sets": "generate-sets", **({"features": "cache-features"} if variant == "dino" else {})},
             checks=("loss_finite", "weights_finite"),
         )
@@ -140,6 +141,7 @@ _ALL = [
             "models",
             "pytorch diffusers",
             variant=variant,
+            version=2,
             inputs={"base": "pretrain@dino"},
             checks=("loss_finite", "weights_finite"),
         )

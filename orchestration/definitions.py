@@ -9,9 +9,11 @@ from typing import Any
 import dagster as dg
 
 from assets_defs import captions, evaluation, features, finetuning, image_sets, pretraining
+from orchestration.code_references import with_code_references
 from orchestration.jobs import JOBS
 from orchestration.launchers.chosen import chosen_launcher
 from orchestration.lineage.chosen import with_recorders
+from orchestration.people import people_to_tell
 from orchestration.schedules import SCHEDULES
 from orchestration.sensors import SENSORS
 
@@ -22,9 +24,10 @@ def build_defs(*, resource_overrides: Mapping[str, Any] | None = None) -> dg.Def
     Args:
         resource_overrides: resources in place of the usual ones, for example another `launcher`.
     """
-    resources = {"launcher": chosen_launcher(), **(resource_overrides or {})}
+    resources = {"launcher": chosen_launcher(), "people": people_to_tell(), **(resource_overrides or {})}
+    modules = [captions, image_sets, features, pretraining, finetuning, evaluation]
     return dg.Definitions(
-        assets=dg.load_assets_from_modules([captions, image_sets, features, pretraining, finetuning, evaluation]),
+        assets=with_code_references(dg.load_assets_from_modules(modules)),
         jobs=JOBS,
         schedules=SCHEDULES,
         sensors=SENSORS,

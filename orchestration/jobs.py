@@ -15,13 +15,13 @@ ALL_SHARDS = {
 
 m2m_pipeline = dg.define_asset_job(
     "m2m_pipeline",
-    selection=dg.AssetSelection.all(),
+    selection=dg.AssetSelection.all(include_sources=True),
     tags=ALL_SHARDS,
     description="Everything: from captions to the evaluation report. What is whole and current is left as it is.",
 )
 data_job = dg.define_asset_job(
     "data_job",
-    selection=dg.AssetSelection.groups("data"),
+    selection=dg.AssetSelection.groups("data", include_sources=True),
     tags=ALL_SHARDS,
     description="Captions, image sets and DINO features (paper, section 4).",
 )

@@ -62,7 +62,7 @@ PAPER = {
     # section 8.2
     "evaluate@preceding_images": {"preceding": [1, 2, 3, 4]},
     # section 8.6
-    "evaluate@sampling_speed": {"text_to_image": SD21_BASE, "preceding": [1, 2, 4]},
+    "evaluate@sampling_speed": {"text_to_image": SD21_BASE, "preceding": [1, 2, 4, 8]},
 }
 
 

@@ -10,7 +10,7 @@ import html
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
 from m2m.artifacts import sync_folder
-from m2m.config import Incidental, SourcePath, StageConfig, resolve
+from m2m.config import Incidental, Later, SourcePath, StageConfig, resolve
 from m2m.data.duplicates import SeenTexts
 from m2m.data.tokens import START_AND_END, counted_batches
-from m2m.errors import ArtifactError, InputError
+from m2m.errors import ArtifactError, ConfigError, InputError
 from m2m.stage_run import StageRun
 
 SPLITS = ("train", "validation", "test")
@@ -37,6 +37,17 @@ _LINE_LIMIT = 1 << 20  # characters; a longer "line" is no caption, and reading 
 _BATCH = 8192
 _SMALL = 32 << 20  # bytes; a smaller source is counted before the first other process is up
 _ROW_GROUP = 65_536
+_UNPACK, _RECODE = "unpack it first", "convert it first, for example with iconv -f UTF-16 -t UTF-8"
+_NOT_UTF8 = {  # by their first bytes: read as UTF-8 they would give rows, none of them a caption
+    b"\xff\xfe": ("UTF-16", _RECODE),
+    b"\xfe\xff": ("UTF-16", _RECODE),
+    b"\x1f\x8b": ("compressed (gzip)", _UNPACK),
+    b"BZh": ("compressed (bzip2)", _UNPACK),
+    b"\xfd7zX": ("compressed (xz)", _UNPACK),
+    b"\x28\xb5\x2f\xfd": ("compressed (zstd)", _UNPACK),
+    b"PK\x03\x04": ("a zip archive", _UNPACK),
+    b"PAR1": ("parquet", "write its captions as lines of url<TAB>caption"),
+}
 _KEPT_COLUMNS = pa.schema(
     [("id", pa.int64()), ("caption", pa.string()), ("tokens", pa.int32()), ("split", pa.string())]
 )
@@ -53,6 +64,9 @@ class FilterCaptions(StageConfig):
     count_special_tokens: bool = Field(default=True, description="whether start and end count; the paper does not say")
     clean_text: bool = Field(
         default=False, description="undo HTML entities and collapse white space first; the paper does not say"
+    )
+    fix_text: Annotated[bool, Later()] = Field(
+        default=False, description="mend wrongly decoded text (cafÃ©) with ftfy before that (`pip install 'm2m[text]'`)"
     )
     drop_duplicates: bool = Field(
         default=False, description="keep a caption once, where it comes first; the paper does not say"
@@ -90,11 +104,12 @@ def filter_captions(config: FilterCaptions, run: StageRun) -> None:
     captions of different text go to training, validation and test in turn, so that no split of a small file is empty.
 
     Raises:
-        InputError: the source is missing, a folder, or empty.
+        InputError: the source is missing, a folder, empty, or no text in UTF-8.
+        ConfigError: `fix_text` without ftfy.
     """
     source = _require_source(run.source(config.source))
     splitter = Splitter(config.validation_fraction, config.test_fraction, config.seed)
-    rows = 0
+    rows = undecoded = 0
     reasons: Counter[str] = Counter()
     with (
         _TableWriter(run.out / CAPTIONS, _KEPT_COLUMNS) as kept,
@@ -105,6 +120,7 @@ def filter_captions(config: FilterCaptions, run: StageRun) -> None:
             config, run.progress.each(read, unit="caption"), _workers(config, source)
         ):
             rows += 1
+            undecoded += "\ufffd" in caption
             if reason:
                 rejected.write((row, caption, reason))
                 reasons[_kind(reason)] += 1
@@ -112,6 +128,9 @@ def filter_captions(config: FilterCaptions, run: StageRun) -> None:
                 kept.write((row, caption, tokens, splitter(caption)))
     run.count(rows=rows, kept=kept.rows, rejected=rejected.rows, **splitter.counts)
     run.figure(kept_share=kept.rows / rows if rows else None)
+    if undecoded:
+        run.figure(captions_not_utf8=undecoded)
+        run.progress.log(f"{undecoded:,} of {rows:,} captions hold bytes that are not UTF-8 (now U+FFFD)")
     if abs(rows - CC12M_ROWS) <= 0.01 * CC12M_ROWS:
         run.figure(kept_beyond_the_papers=kept.rows - PAPER_KEPT)
         run.progress.log(f"kept {kept.rows:,} captions, {kept.rows - PAPER_KEPT:+,} to the paper's {PAPER_KEPT:,}")
@@ -222,6 +241,10 @@ class Splitter:
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     _forced: dict[bytes, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        wanted = {"train": 1.0, "validation": self.validation_fraction, "test": self.test_fraction}
+        self._empty = [split for split in SPLITS if wanted[split] > 0]
+
     def __call__(self, caption: str) -> str:
         digest = hashlib.blake2b(caption.encode(), digest_size=8, key=str(self.seed).encode()).digest()
         split = self._forced.get(digest) or self._split(digest)
@@ -229,11 +252,9 @@ class Splitter:
         return split
 
     def _split(self, digest: bytes) -> str:
-        wanted = {"train": 1.0, "validation": self.validation_fraction, "test": self.test_fraction}
-        missing = [split for split in SPLITS if wanted[split] > 0 and split not in self._forced.values()]
-        if missing:
-            self._forced[digest] = missing[0]
-            return missing[0]
+        if self._empty:
+            self._forced[digest] = self._empty[0]
+            return self._empty.pop(0)
         share = int.from_bytes(digest, "big") / 2**64
         if share < self.test_fraction:
             return "test"
@@ -256,9 +277,18 @@ def _judged(config: FilterCaptions, rows: Iterator[CaptionRow], workers: int) ->
 
 def _batches(config: FilterCaptions, rows: Iterator[CaptionRow]) -> Iterator[tuple[list[CaptionRow], list[str]]]:
     """Rows, with the texts to be counted: none where there is no caption."""
+    mend = _mender() if config.fix_text else str
     clean = clean_caption if config.clean_text else str
     while batch := list(islice(rows, _BATCH)):
-        yield batch, ["" if row.fault else clean(row.text) for row in batch]
+        yield batch, ["" if row.fault else clean(mend(row.text)) for row in batch]
+
+
+def _mender() -> Callable[[str], str]:
+    try:
+        from ftfy import fix_text
+    except ImportError:
+        raise ConfigError("filter-captions.fix_text: ftfy is not installed: pip install 'm2m[text]'") from None
+    return fix_text
 
 
 def _first_ones(judged: list[tuple[int, str, int, str]], seen: SeenTexts) -> Iterator[tuple[int, str, int, str]]:
@@ -283,6 +313,11 @@ def _require_source(path: Path) -> Path:
         raise InputError(f"filter-captions.source: {path} {what}; expected a TSV file of url<TAB>caption")
     if path.stat().st_size == 0:
         raise InputError(f"filter-captions.source: {path} is empty; expected lines of url<TAB>caption")
+    with path.open("rb") as f:
+        start = f.read(4)
+    for mark, (what, way_out) in _NOT_UTF8.items():
+        if start.startswith(mark):
+            raise InputError(f"filter-captions.source: {path} is {what}, not UTF-8 text: {way_out}")
     return path
 
 

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 
 from m2m.artifacts import write_bytes, write_json
 from m2m.config import Settings
-from m2m.data.shards import ShardFolder
+from m2m.data.shard_reader import ShardFolder
 from m2m.data.verified import verify_once
 from m2m.errors import ArtifactError, ConfigError
 from m2m.generation.noise import keyed_generator, namespaced

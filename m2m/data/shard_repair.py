@@ -12,7 +12,8 @@ from pathlib import Path
 from m2m import artifacts
 from m2m.artifacts import FileRecord, Manifest
 from m2m.config import Profile, identity
-from m2m.data.shards import FOLDER, ShardPaths, rebuild_index, shard_faults
+from m2m.data.shards import FOLDER, ShardPaths, rebuild_index
+from m2m.data.verified import shard_faults
 from m2m.errors import ArtifactError
 from m2m.progress import Progress
 from m2m.stage_run import StageRun, fingerprint, run_stage
@@ -83,12 +84,15 @@ def repair(
         What was found.
 
     Raises:
-        ArtifactError: the output was made with other settings or inputs, so that nothing could be kept.
+        ArtifactError: the output was made with other settings or inputs, so that nothing could be kept; or its tars
+            lie elsewhere.
     """
     progress = progress or Progress()
     damage = find_damage(out, numbers)
     if not damage:
         return damage
+    if (there := artifacts.read_elsewhere(out)) is not None:
+        raise ArtifactError(f"{out}: its tars lie at {there.url}: repair them where they were made, and attach again")
     manifest = artifacts.read_manifest(out)
     _require_same_work(stage, profile, out, manifest, overrides)
     run = StageRun(stage, profile, out, {}, "", progress)

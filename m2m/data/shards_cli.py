@@ -1,4 +1,4 @@
-"""`python -m m2m shards list|show|verify|repair`: what lies in a stage's shards.
+"""`python -m m2m shards list|show|verify|repair|attach`: what lies in a stage's shards.
 
 Belongs here: the command. Not here: what is broken and mending it (`m2m.data.shard_repair`), making shards (stages).
 """
@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from m2m.config import Profile
+from m2m.data.shard_reader import ShardReader
 from m2m.data.shard_repair import find_damage, repair, shard_numbers
-from m2m.data.shards import FOLDER, ShardReader, read_record
+from m2m.data.shards import FOLDER, read_record
 from m2m.errors import ArtifactError, ConfigError
 from m2m.progress import open_progress
 from m2m.stages import STAGES, Stage
@@ -20,13 +21,16 @@ _STAGES = [stage.key for stage in STAGES.values() if stage.partitioned]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from m2m.cli import add_profile_argument
 
-    parser.add_argument("action", choices=("list", "show", "verify", "repair"))
+    parser.add_argument("action", choices=("list", "show", "verify", "repair", "attach"))
     add_profile_argument(parser)
     parser.add_argument("stage", nargs="?", default=_STAGES[0], choices=_STAGES)
     parser.add_argument("--shards", metavar="N-M", help="for example 0-3,7; all by default")
     parser.add_argument("--sets", type=int, default=4, help="show: how many sets")
     parser.add_argument("--images", type=int, default=8, help="show: how many images of each")
     parser.add_argument("--output", type=Path, default=Path("sets.png"), help="show: the picture to write")
+    parser.add_argument(
+        "--url", help="attach: the output whose tars stay there and are read by range, for example s3://bucket/sets"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="key=value", help="repair: an override it was made with"
     )
@@ -42,6 +46,8 @@ def main(args: argparse.Namespace) -> int:
 
     stage = STAGES[args.stage]
     profile = open_profile(args.config)
+    if args.action == "attach":
+        return _attach(stage, profile, args.url)
     out = current_folder(stage.folder(profile))
     asked = None if args.shards is None else _asked(args.shards)
     numbers = shard_numbers(out) if asked is None else asked
@@ -115,6 +121,17 @@ def _repair(stage: Stage, profile: Profile, out: Path, asked: list[int] | None, 
         print(f"{out}: nothing to repair")
         return 0
     return verify(current_folder(stage.folder(profile)), asked)
+
+
+def _attach(stage: Stage, profile: Profile, url: str | None) -> int:
+    from m2m.data.attached import attach
+
+    if url is None:
+        raise ConfigError("shards attach: --url says where the output lies, for example s3://bucket/outputs/sets")
+    with open_progress() as progress:
+        manifest = attach(url, stage, stage.folder(profile), progress)
+    print(f"{stage.folder(profile)}: {len(manifest.files)} files, the tars are read from {url}")
+    return 0
 
 
 def show(out: Path, numbers: list[int], sets: int, images: int, output: Path) -> None:

@@ -22,22 +22,23 @@ START_AND_END = 2
 # CLIP's own pre-tokenization, on lower-case ASCII
 _WORD = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+")
 # Beyond printable ASCII and plain white space the text is normalised first (NFC, Unicode lower case), which changes
-# what the words are: such captions go to the tokenizer itself
+# what the words are: such text goes to the tokenizer itself
 _NOT_PLAIN = re.compile(r"[^\t-\r -~]")
 _SPECIAL = "<|"  # "<|endoftext|>" written out in a caption is one token
-_MEMO_LIMIT = 300_000  # words; bounds the memory, the most frequent ones are met early
+_MEMO_LIMIT, _LONGEST = 300_000, 60  # words, letters of one; bounds the memory, the most frequent are met early
 
 
 class TokenCounter:
     """Counts of CLIP's tokenizer, start and end tokens included.
 
-    A word's pieces do not depend on its neighbours, so counts of plain captions are sums over words, remembered.
+    A space ends a word whatever stands around it (no character composes with it, and Unicode's lower case is taken
+    letter by letter), so a caption's count is the sum over what lies between spaces, remembered.
     """
 
     def __init__(self, tokenizer) -> None:
         """Args: tokenizer: a `tokenizers.Tokenizer` that adds start and end tokens and truncates nothing."""
         self._tokenizer = tokenizer
-        self._memo: dict[str, int] = {}
+        self._memo = _Memo(tokenizer)
 
     @classmethod
     def for_clip(cls, folder: Path = VOCABULARY) -> "TokenCounter":
@@ -49,29 +50,35 @@ class TokenCounter:
 
     def count(self, captions: Sequence[str]) -> list[int]:
         """The number of tokens of each caption."""
-        counts = [0] * len(captions)
-        hard = []
-        memo, find, not_plain = self._memo, _WORD.findall, _NOT_PLAIN.search
-        for i, caption in enumerate(captions):
-            if _SPECIAL in caption or not_plain(caption):
-                hard.append(i)
+        pieces = self._memo.__getitem__
+        counts = []
+        for caption in captions:
+            if _SPECIAL in caption:
+                counts.append(len(self._tokenizer.encode(caption).ids))
                 continue
-            total = START_AND_END
-            for word in find(caption.lower()):
-                pieces = memo.get(word)
-                total += self._remember(word) if pieces is None else pieces
-            counts[i] = total
-        if hard:
-            encoded = self._tokenizer.encode_batch_fast([captions[i] for i in hard])
-            for i, tokens in zip(hard, encoded):
-                counts[i] = len(tokens)
+            # lower case of ASCII is the same to Python and to the tokenizer, and makes more words the same
+            text = caption.lower() if caption.isascii() else caption
+            counts.append(sum(map(pieces, text.split(" ")), START_AND_END))
         return counts
 
-    def _remember(self, word: str) -> int:
-        pieces = len(self._tokenizer.encode(word, add_special_tokens=False).ids)
-        if len(self._memo) < _MEMO_LIMIT:
-            self._memo[word] = pieces
-        return pieces
+
+class _Memo(dict[str, int]):
+    """How many tokens stand for what lies between two spaces."""
+
+    def __init__(self, tokenizer) -> None:
+        super().__init__()
+        self._tokenizer, self._model = tokenizer, tokenizer.model
+
+    def __missing__(self, text: str) -> int:
+        if _NOT_PLAIN.search(text):
+            count = len(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        else:
+            words = _WORD.findall(text.lower())
+            # of one lower-case word of ASCII the model alone makes what the whole tokenizer does
+            count = len(self._model.tokenize(text)) if words == [text] else sum(map(self.__getitem__, words))
+        if len(text) <= _LONGEST and len(self) < _MEMO_LIMIT:
+            self[text] = count
+        return count
 
 
 def counted_batches(

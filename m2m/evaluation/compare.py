@@ -1,7 +1,7 @@
-"""Evaluations side by side: differences with confidence intervals, and whether one is worse than an accepted one.
+"""Evaluations side by side: differences with confidence intervals.
 
-Belongs here: `python -m m2m compare`, the bootstrap over sets, the regression gate. Not here: values by set and their
-file (`m2m.evaluation.per_set`).
+Belongs here: `python -m m2m compare`, the bootstrap over sets. Not here: values by set and their file
+(`m2m.evaluation.per_set`), whether one is worse than an accepted one (`m2m.evaluation.gate`).
 """
 
 import argparse
@@ -14,13 +14,10 @@ from numpy.typing import NDArray
 
 from m2m import artifacts
 from m2m.errors import InputError
+from m2m.evaluation.gate import HEADLINES, WORSENING, Tested, blind_to, gate, regressions
 from m2m.evaluation.per_set import PER_SET, Metric, read_per_set
 
 _AT_A_TIME = 1 << 22  # resampled values in memory
-HEADLINES = ("table_1: M2M-Self: Image-Image CLIP ↑", "table_1: M2M-DINO: Image-Image CLIP ↑")
-HEADLINE_LIMIT, LIMIT = 2.0, 4.5
-"""How many standard errors worse is a regression. One re-evaluation of an unchanged model passes a limit of 2 by chance
-in 2.3 % of cases: two metrics so watched make one false alarm in 22. A hundred others share one in 3,000."""
 
 
 @dataclass(frozen=True)
@@ -33,25 +30,16 @@ class Difference:
     paired: bool  # the same sets in both: their differences are resampled, what sets have in common cancels
     low: float  # of the interval around second - first
     high: float
-    error: float
 
     @property
     def difference(self) -> float:
         return self.second.mean - self.first.mean
 
     @property
-    def worsening(self) -> float:
-        """How much worse the second is, in standard errors; negative where it is better, 0 where neither is better."""
-        sign = {"higher": -1.0, "lower": 1.0, "neither": 0.0}[self.second.better]
-        if not self.error:  # equal values by set: a difference of nothing, or one without noise
-            return 0.0 if not sign * self.difference else float(np.copysign(np.inf, sign * self.difference))
-        return sign * self.difference / self.error
-
-    @property
     def verdict(self) -> str:
         if self.second.better == "neither" or self.low <= 0 <= self.high:
             return ""
-        return "worse" if self.worsening > 0 else "better"
+        return "better" if (self.difference > 0) == (self.second.better == "higher") else "worse"
 
 
 def differ(
@@ -75,7 +63,7 @@ def differ(
     else:
         means = _resampled(two, resamples, drawn) - _resampled(one, resamples, drawn)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Difference(name, first, second, paired, float(low), float(high), float(means.std(ddof=1)))
+    return Difference(name, first, second, paired, float(low), float(high))
 
 
 def compare(first: Mapping[str, Metric], second: Mapping[str, Metric], resamples: int = 2000) -> list[Difference]:
@@ -94,35 +82,6 @@ def compare(first: Mapping[str, Metric], second: Mapping[str, Metric], resamples
     return found
 
 
-def regressions(
-    accepted: Mapping[str, Metric],
-    new: Mapping[str, Metric],
-    *,
-    headlines: Sequence[str] = HEADLINES,
-    headline_limit: float = HEADLINE_LIMIT,
-    limit: float = LIMIT,
-    resamples: int = 2000,
-) -> list[str]:
-    """What is worse than in an accepted evaluation by more than its noise, in words; nothing if it passes.
-
-    Args:
-        headlines: metrics held to `headline_limit` standard errors; all others are to `limit`.
-
-    Raises:
-        InputError: the two have no metric in common, or a headline of the accepted one is missing from the new one.
-    """
-    if lost := [name for name in headlines if name in accepted and name not in new]:
-        raise InputError(f"the accepted evaluation has {lost[0]}, the new one does not")
-    worse = []
-    for found in compare(accepted, new, resamples):
-        if found.worsening >= (headline_limit if found.metric in headlines else limit):
-            worse.append(
-                f"{found.metric}: {found.second.mean:.4g}, accepted {found.first.mean:.4g}, "
-                f"worse by {found.worsening:.1f} standard errors"
-            )
-    return worse
-
-
 def open_per_set(path: Path) -> dict[str, Metric]:
     """Values by set of a report, of one evaluation, or of a profile's outputs folder.
 
@@ -138,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", default="", help="metrics whose names contain this")
     parser.add_argument("--resamples", type=int, default=2000, help="of the bootstrap over sets")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the comparison to this file as well")
-    parser.add_argument("--gate", action="store_true", help="fail where another is worse than the first by its noise")
+    parser.add_argument("--gate", action="store_true", help="fail where another is worse by more than its noise")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -155,9 +114,11 @@ def main(args: argparse.Namespace) -> int:
         print("\n".join(_lines(found)))
         told.append({"folder": str(path), "metrics": [_as_json(one) for one in found]})
         if args.gate:
-            worse = regressions(first, other, resamples=args.resamples)
+            tested = gate(first, other)
+            worse = regressions(tested)
             failed |= bool(worse)
             print("\n".join([f"REGRESSION {why}" for why in worse]) or "no regression")
+            print("\n".join(_not_seen(tested)))
     if args.json:
         artifacts.write_json(args.json, {"first": str(args.reports[0]), "others": told}, sort_keys=False)
     return 1 if failed else 0
@@ -179,6 +140,19 @@ def _lines(found: Sequence[Difference]) -> Iterator[str]:
         means = f"{_told(one.first):>18}  {_told(one.second):>18}"
         interval = f"{one.difference:+10.4g} [{one.low:+.4g}, {one.high:+.4g}]"
         yield f"{one.metric:<{width}}  {means}  {interval:<34} {'paired ' if one.paired else ''}{one.verdict}".rstrip()
+
+
+def _not_seen(tested: Sequence[Tested]) -> Iterator[str]:
+    """What "no regression" does not say: the headlines' blind spots by name, the others' by number."""
+    blind = blind_to(tested)
+    for why in blind:
+        if why.startswith(HEADLINES):
+            yield f"not seen: {why}"
+    if blind:
+        yield (
+            f"{len(tested)} metrics tested; in {len(blind)} of them a true worsening of {WORSENING:g} standard errors "
+            "may pass: evaluate both sides with more noise_seeds, or more sets"
+        )
 
 
 def _told(metric: Metric) -> str:

@@ -18,6 +18,7 @@ from m2m.errors import InputError
 from m2m.evaluation.encoders import Dino, Reader
 from m2m.evaluation.grids import write_grid
 from m2m.evaluation.measures import cosine, gram, rmse, style_distance
+from m2m.evaluation.noises import over_noises
 from m2m.evaluation.per_set import PerSet
 from m2m.evaluation.protocol import (
     EvaluationConfig,
@@ -48,6 +49,7 @@ class _Tools:
     reader: Reader | None
 
 
+@over_noises
 def evaluate_consistency(config: Consistency, run: StageRun) -> None:
     """Compare generated images with the preceding ones, beside the set's own further images and another set's.
 

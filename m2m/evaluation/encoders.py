@@ -6,9 +6,12 @@ Belongs here: opening them and turning pictures into features. Not here: what is
 
 import hashlib
 import importlib
+import importlib.util
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,6 +20,8 @@ from torch.nn import functional as F
 
 from m2m.config import Compute
 from m2m.errors import ConfigError, InputError
+from m2m.evaluation.measures import require_finite
+from m2m.models.saved import realigned
 from m2m.models.text_to_image import model_folder, start_compute
 from m2m.tiny.world import ATTRIBUTES
 
@@ -39,6 +44,7 @@ class Clip:
             # transformers fills what a folder of another model lacks with random weights, and only warns
             if told["missing_keys"]:
                 raise ValueError(f"{len(told['missing_keys'])} of its weights are not there")
+            realigned(model)
             self._model = model.to(device).eval()
             self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
@@ -56,7 +62,9 @@ class Clip:
         pixels = (pixels - self._mean) / self._std
         # transformers v5 answers with an object, v4 with the tensor itself
         found: Any = self._model.get_image_features(pixel_values=pixels)
-        return F.normalize(found if isinstance(found, Tensor) else found.pooler_output, dim=-1).float().cpu()
+        embedded = found if isinstance(found, Tensor) else found.pooler_output
+        require_finite(embedded, "CLIP embeddings")
+        return F.normalize(embedded, dim=-1).float().cpu()
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tensor:
@@ -80,7 +88,9 @@ class Dino:
     @torch.inference_mode()
     def tokens(self, pictures: Tensor) -> Tensor:
         """uint8 (n, 3, H, W) -> last hidden states (n, S, D) on the CPU, the class token first."""
-        return self._encoder.encode(pictures).float().cpu()
+        tokens = self._encoder.encode(pictures)
+        require_finite(tokens, "DINOv2 features")
+        return tokens.float().cpu()
 
     def pool(self, tokens: Tensor) -> Tensor:
         """(..., S, D) -> (..., D): the class token, or the mean over all."""
@@ -141,13 +151,7 @@ class InceptionBackbone:
             ConfigError: torch-fidelity is not installed.
             InputError: other weights, or no way to get them.
         """
-        try:
-            inception = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
-        except ImportError:
-            raise ConfigError(
-                "backbone inception-v3 needs torch-fidelity, which is not installed: pip install torch-fidelity "
-                "(or set backbone to classifier, for the tiny world)"
-            ) from None
+        inception = _inception_module()
         self._model = inception.FeatureExtractorInceptionV3(
             "inception-v3-compat",
             [str(features), "logits_unbiased"],
@@ -160,6 +164,25 @@ class InceptionBackbone:
         """uint8 (n, 3, H, W) -> features (n, D) and logits (n, 1008) on the CPU; resized without antialiasing."""
         features, logits = self._model(pictures.to(self._device))
         return features.cpu(), logits.cpu()
+
+
+def _inception_module() -> Any:
+    """torch-fidelity's Inception alone: the package as a whole imports torchvision, which Inception does not need.
+
+    Raises:
+        ConfigError: torch-fidelity is not installed.
+    """
+    spec = importlib.util.find_spec("torch_fidelity")
+    if spec is None or spec.submodule_search_locations is None:
+        raise ConfigError(
+            "backbone inception-v3 needs torch-fidelity, which is not installed: pip install --no-deps torch-fidelity "
+            "(or set backbone to classifier, for the tiny world)"
+        )
+    if "torch_fidelity" not in sys.modules and importlib.util.find_spec("torchvision") is None:
+        package = ModuleType("torch_fidelity")
+        package.__path__ = list(spec.submodule_search_locations)
+        sys.modules["torch_fidelity"] = package
+    return importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
 
 
 def inception_weights(given: Path | None, url: str) -> Path:
@@ -188,7 +211,9 @@ def _load_classifier(source: str, root: Path, compute: Compute):
     from m2m.tiny.classifier import Classifier
 
     try:
-        return Classifier.from_pretrained(model_folder(source, root)).to(start_compute(compute)).eval()
+        loaded = Classifier.from_pretrained(model_folder(source, root))
+        realigned(loaded)
+        return loaded.to(start_compute(compute)).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"{source}: not a classifier of the tiny world: {_first_line(error)}") from None
 

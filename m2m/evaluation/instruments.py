@@ -1,12 +1,12 @@
-"""Proof of the measures: each has to rank the planted models as it should, by more than its noise.
+"""Planted models among sets of the tiny world: every kind of measure has to rank them as it should.
 
-Belongs here: measuring the four planted models in sets of the tiny world, and which should win by which measure.
-Not here: the planted models (`m2m.evaluation.planted`), the ideal observer's curve (`m2m.evaluation.preceding_images`).
+Belongs here: measuring them, and which should win by which measure. Not here: the planted models
+(`m2m.evaluation.planted`), the ideal observer's curve (`m2m.evaluation.preceding_images`), views and procedures
+(`planted_views`, `planted_steps`).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +15,12 @@ from torch import Tensor
 from m2m.evaluation.consistency import asked_and_free, compare
 from m2m.evaluation.encoders import ClassifierBackbone, Clip, Dino, Reader
 from m2m.evaluation.measures import appearance, clip_scores, cosine, frechet_distance, inception_score, psnr, ssim
-from m2m.evaluation.per_set import Better, Metric, PerSet, jackknife
-from m2m.evaluation.planted import PLANTED, Planted, PlantedSampler, WorldSets
+from m2m.evaluation.per_set import PerSet, jackknife
+from m2m.evaluation.planted import PLANTED, PlantedSampler, WorldSets
+from m2m.evaluation.proofs import Proof, Rank
 from m2m.evaluation.protocol import at_size, each_picture
-from m2m.stage_run import StageRun
 
 _BLOCKS = 12
-_NOISE = 2.0  # standard errors
 
 
 @dataclass(frozen=True)
@@ -34,15 +33,7 @@ class Tools:
     backbone: ClassifierBackbone
 
 
-@dataclass(frozen=True)
-class Rank:
-    """What a measure has to find out."""
-
-    better: Better
-    pairs: tuple[tuple[Planted, Planted], ...]  # the first of each is better
-
-
-_CONTEXT: tuple[tuple[Planted, Planted], ...] = (("oracle", "guesser"), ("copier", "guesser"), ("oracle", "drifter"))
+_CONTEXT = (("oracle", "guesser"), ("copier", "guesser"), ("oracle", "drifter"))
 RANKS: dict[str, Rank] = {
     "FID": Rank("lower", (("oracle", "drifter"),)),
     "IS": Rank("higher", (("oracle", "drifter"),)),
@@ -65,51 +56,6 @@ RANKS: dict[str, Rank] = {
 """Every kind of measure of the evaluations; what is alike by one (an oracle and a guesser by FID) is not ranked."""
 
 
-@dataclass(frozen=True)
-class Proof:
-    """The planted models measured."""
-
-    found: Mapping[Planted, Mapping[str, Metric]]
-    sets: int
-    images: int
-
-    def failures(self, name: str) -> list[str]:
-        """Pairs that a measure does not tell apart, or tells the wrong way round."""
-        rank = RANKS[name]
-        sign = 1.0 if rank.better == "higher" else -1.0
-        wrong = []
-        for first, second in rank.pairs:
-            difference = sign * (self.found[first][name].values - self.found[second][name].values)
-            error = difference.std(ddof=1) / np.sqrt(len(difference))
-            if not difference.mean() > _NOISE * error:
-                wrong.append(f"{first} and {second}: {difference.mean():.3g} ± {error:.2g}")
-        return wrong
-
-    def tell(self, run: StageRun) -> dict[str, Any]:
-        """Put the tables into a stage's summary.
-
-        Returns:
-            The same for `metrics.json`.
-        """
-        rows = []
-        for name, rank in RANKS.items():
-            arrow = "↑" if rank.better == "higher" else "↓"
-            row: dict[str, Any] = {"measure": f"{name} {arrow}"}
-            for kind in PLANTED:
-                metric = self.found[kind][name]
-                row[kind] = f"{metric.mean:.3g} ± {metric.error or 0:.2g}"
-            row["should be"] = ", ".join(f"{first} before {second}" for first, second in rank.pairs)
-            row["holds"] = "; ".join(self.failures(name)) or "yes"
-            rows.append(row)
-        held = sum(row["holds"] == "yes" for row in rows)
-        run.table(f"Do the measures tell planted models apart ({self.sets} sets, {self.images} images each)", rows)
-        run.figure(**{"measures that rank planted models as they should": f"{held} of {len(rows)}"})
-        return {
-            name: {kind: self.found[kind][name].mean for kind in PLANTED} | {"wrong": self.failures(name)}
-            for name in RANKS
-        }
-
-
 def prove(sets: WorldSets, tools: Tools, *, size: int, preceding: int, num_images: int, seed: int) -> Proof:
     """Let each planted model continue the sets, and measure what it made by everything that the evaluations measure.
 
@@ -129,7 +75,7 @@ def prove(sets: WorldSets, tools: Tools, *, size: int, preceding: int, num_image
     for kind in PLANTED:
         made = PlantedSampler(kind, sets, size, preceding).continue_sets(before, keys, num_images)
         found[kind] = _measure(before, made, truth, captions, known, tools, seed).metrics
-    return Proof(found, len(sets), num_images)
+    return Proof(found, RANKS, f"{len(sets)} sets, {num_images} images each")
 
 
 def _measure(

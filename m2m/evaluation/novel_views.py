@@ -1,31 +1,31 @@
 """New views of held-out objects (paper, section 8.5.1 and Fig. 7), measured against the true views.
 
-Belongs here: which views precede, which are asked for, what the result is compared with. Not here: reading renders.
-
-LPIPS, which view synthesis often reports as well, is left out: its weights come with torchvision, which this project
-does not need otherwise.
+Belongs here: which views precede, which are asked for, what the result is compared with. Not here: reading renders, the
+measures (`m2m.evaluation.views`).
 """
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from m2m import artifacts
-from m2m.config import SourcePath
+from m2m.config import Source, SourcePath
 from m2m.data.objaverse import ObjaverseViews, PosedViews, relative_poses
 from m2m.errors import ConfigError, InputError
+from m2m.evaluation import lpips
 from m2m.evaluation.grids import write_grid
-from m2m.evaluation.measures import cosine, psnr, ssim
+from m2m.evaluation.noises import over_noises
 from m2m.evaluation.per_set import PerSet
-from m2m.evaluation.protocol import EvaluationConfig, Sampler, conclude, each_picture, in_batches
+from m2m.evaluation.planted_views import prove_views
+from m2m.evaluation.protocol import EvaluationConfig, Sampler, conclude, in_batches
+from m2m.evaluation.views import AMONG, TITLES, ViewMeasures, better, view_angles
 from m2m.stage_run import StageRun
 
-_MEASURES = {"psnr": "PSNR, dB", "ssim": "SSIM", "dino": "DINO likeness"}
-_AMONG = "DINO likeness among the views"
 _ANGLES = (0, 15, 30, 60, 90, 181)  # degrees
 _NEAREST, _CEILING = "the nearest preceding view, copied", "the true view through the autoencoder"
 
@@ -40,11 +40,20 @@ class NovelViews(EvaluationConfig):
     objects: int = Field(100, ge=1, description="random held-out objects; all where there are fewer")
     preceding: list[int] = Field([1, 2, 4, 8], min_length=1, description="numbers of preceding views")
     targets: int = Field(4, ge=1, description="views asked for: each object's last ones, for every number the same")
+    lpips: Annotated[Path | None, Source()] = Field(
+        None, description=f"torchvision's {lpips.WEIGHTS}, for LPIPS; without it that measure is left out"
+    )
+    planted_objects: int = Field(
+        24,
+        ge=0,
+        description="objects, held out or not, that planted models show to prove the measures; 0: none",
+    )
     condition_guidance_scale: float | None = Field(
         None, description="s_C of Eq. 7, for the camera; without one the pipeline's default"
     )
 
 
+@over_noises
 def evaluate_novel_views(config: NovelViews, run: StageRun) -> None:
     """Generate the last views of held-out objects from the first 1, 2, ... ones, each directly from true views.
 
@@ -56,7 +65,7 @@ def evaluate_novel_views(config: NovelViews, run: StageRun) -> None:
     Raises:
         InputError: no held-out objects with enough views.
     """
-    dino = config.open_dino(run)
+    measures = _measures(config, run)
     sampler = Sampler(run.inputs["m2m_nvs"], "dino", config)
     objects = _held_out(config, run, sampler.size)
     most = max(config.preceding)
@@ -66,15 +75,10 @@ def evaluate_novel_views(config: NovelViews, run: StageRun) -> None:
         images = torch.stack([view.images for view in views])
         poses = torch.stack([_poses(view) for view in views])
         truth = images[:, -config.targets :]
-        known = each_picture(dino.pictures, truth)
         told: dict[str, Tensor] = {}
 
         def score(name: str, made: Tensor) -> None:
-            told[f"{name}.psnr"] = each_pair(psnr, made, truth)
-            told[f"{name}.ssim"] = each_pair(ssim, made, truth)
-            seen = each_picture(dino.pictures, made)
-            told[f"{name}.dino"] = cosine(seen, known)
-            told[f"{name}.among"] = _among(seen)
+            told.update({f"{name}.{key}": value for key, value in measures.compare(made, truth).items()})
 
         for count in config.preceding:
             made = _each_target(config, sampler, list(batch), images[:, :count], poses, count)
@@ -94,27 +98,29 @@ def evaluate_novel_views(config: NovelViews, run: StageRun) -> None:
         f"One preceding view, {config.targets} generated one after the other, and the true ones",
         write_grid(run.out / "views", rows),
     )
-    _tell(config, run, found, len(objects), most)
+    proof = _prove(config, run, measures, sampler.size)
+    _tell(config, run, found, len(objects), most, measures.titles, proof)
 
 
-def view_angles(poses: Tensor) -> Tensor:
-    """Angles between the directions from which cameras see the origin.
-
-    Args:
-        poses: (V, 3, 4) world-to-camera [R, T]; the camera's centre is -R^T T.
-
-    Returns:
-        (V, V) in radians.
-    """
-    rotation, translation = poses[:, :, :3].double(), poses[:, :, 3].double()
-    centres = -(rotation.mT @ translation[:, :, None])[:, :, 0]
-    directions = torch.nn.functional.normalize(centres, dim=-1)
-    return (directions @ directions.T).clamp(-1, 1).acos()
+def _measures(config: NovelViews, run: StageRun) -> ViewMeasures:
+    config.require_pinned("lpips", run.profile.root)
+    weights = config.lpips and lpips.Lpips.open(run.source(config.lpips), config.compute)
+    return ViewMeasures(config.open_dino(run), weights or None)
 
 
-def each_pair(measure: Any, pictures: Tensor, truth: Tensor) -> Tensor:
-    """Apply a measure of (n, 3, H, W) pairs to (B, n, 3, H, W) ones; float64 (B, n)."""
-    return measure(pictures.flatten(0, 1), truth.flatten(0, 1)).double().unflatten(0, pictures.shape[:2])
+def _prove(config: NovelViews, run: StageRun, measures: ViewMeasures, size: int) -> dict[str, Any] | None:
+    """Planted models on objects of any split: nobody was trained on them."""
+    if not config.planted_objects:
+        return None
+    views = ObjaverseViews(run.source(config.objaverse), size=size)
+    needed = max(config.preceding) + config.targets
+    found = (views[i] for i in config.choose(len(views), config.planted_objects, "planted objects"))
+    objects = [one for one in found if len(one.images) >= needed]
+    if len(objects) < 2:
+        run.progress.log(f"the measures are not proven: {len(objects)} objects have {needed} views")
+        return None
+    cut = [PosedViews(one.uid, one.images[:needed], one.poses[:needed]) for one in objects]
+    return prove_views(cut, measures, config.targets).tell(run)
 
 
 def _held_out(config: NovelViews, run: StageRun, size: int) -> list[PosedViews]:
@@ -130,7 +136,9 @@ def _held_out(config: NovelViews, run: StageRun, size: int) -> list[PosedViews]:
             run.progress.log(f"left out: {error}")
             continue
         if len(found.images) >= needed:
-            kept.append(found)
+            # a view that was set aside leaves fewer: all objects are shown by as many, from their ends
+            places = [*range(max(config.preceding)), *range(-config.targets, 0)]
+            kept.append(PosedViews(found.uid, found.images[places], found.poses[places]))
     if not kept:
         raise InputError(
             f"{config.objaverse}: none of {len(asked)} held-out objects has the {needed} views that preceding "
@@ -198,15 +206,9 @@ def _errors(per_set: PerSet, title: str, counts: Sequence[int]) -> dict[str, lis
     return {f"{name} ±": [e for e in of if e is not None] for name, of in found.items() if None not in of}
 
 
-def _among(seen: Tensor) -> Tensor:
-    """How alike the views of an object are among each other: descriptors (B, n, D) -> (B,); 1 for a single view."""
-    pairs = torch.triu_indices(seen.shape[1], seen.shape[1], 1)
-    if not pairs.shape[1]:
-        return torch.ones(len(seen), dtype=torch.float64)
-    return cosine(seen[:, pairs[0]], seen[:, pairs[1]]).mean(1)
-
-
-def by_angle(config: NovelViews, found: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+def by_angle(
+    config: NovelViews, found: Mapping[str, Tensor], titles: Mapping[str, str] = TITLES
+) -> list[dict[str, Any]]:
     """Rows by the angle between a target and the nearest preceding view, over all numbers of preceding views.
 
     The further the camera has to go, the less copying helps.
@@ -219,25 +221,35 @@ def by_angle(config: NovelViews, found: Mapping[str, Tensor]) -> list[dict[str, 
             continue
         row: dict[str, Any] = {"angle to the nearest view": f"{low} to {high} degrees", "views": int(inside.sum())}
         for key, name in {"m2m": "M2M-DINO", "nearest": "copied"}.items():
-            for measure, title in _MEASURES.items():
+            for measure, title in titles.items():
                 values = torch.cat([found[f"{key}.{count}.{measure}"].flatten() for count in config.preceding])
                 row[f"{title}, {name}"] = values[inside].double().mean().item()
         rows.append(row)
     return rows
 
 
-def _tell(config: NovelViews, run: StageRun, found: Mapping[str, Tensor], objects: int, most: int) -> None:
+def _tell(
+    config: NovelViews,
+    run: StageRun,
+    found: Mapping[str, Tensor],
+    objects: int,
+    most: int,
+    titles: Mapping[str, str],
+    proof: dict[str, Any] | None,
+) -> None:
     per_set = PerSet()
     ours = ["sequence", *(f"m2m.{count}" for count in config.preceding)]
 
     def row(name: str, key: str, count: int | None) -> dict[str, Any]:
         place = name if count is None else f"{name}, {count} before"
         told = {
-            title: per_set.add(f"{place}: {title}", found[f"{key}.{measure}"], "higher" if key in ours else "neither")
-            for measure, title in _MEASURES.items()
+            title: per_set.add(
+                f"{place}: {title}", found[f"{key}.{measure}"], better(measure) if key in ours else "neither"
+            )
+            for measure, title in titles.items()
         }
         means = {title: metric.mean for title, metric in told.items()}
-        means[_AMONG] = found[f"{key}.among"].mean().item()
+        means[AMONG] = found[f"{key}.among"].mean().item()
         return {"views": name, "preceding views": count, **means}
 
     rows = [row("M2M-DINO", f"m2m.{count}", count) for count in config.preceding]
@@ -245,10 +257,10 @@ def _tell(config: NovelViews, run: StageRun, found: Mapping[str, Tensor], object
     rows += [row(_NEAREST, f"nearest.{count}", count) for count in config.preceding]
     rows.append(row(_CEILING, "ceiling", None))
     run.table("New views against the true ones", rows)
-    angles = by_angle(config, found)
+    angles = by_angle(config, found, titles)
     run.table("By angle to the nearest preceding view", angles)
     x = [float(count) for count in config.preceding]
-    for title in _MEASURES.values():
+    for title in titles.values():
         run.curve(
             f"{title} by number of preceding views",
             {
@@ -261,9 +273,10 @@ def _tell(config: NovelViews, run: StageRun, found: Mapping[str, Tensor], object
         )
     best = rows[len(config.preceding) - 1]
     run.figure(
-        **{f"{title} from {most} views": round(best[title], 4) for title in _MEASURES.values()},
-        lpips="left out: it needs torchvision's weights",
+        **{f"{title} from {most} views": round(best[title], 4) for title in titles.values()},
+        lpips=None if config.lpips else "left out: its weights are not configured",
     )
     generated = objects * config.targets * (len(config.preceding) + 1)
     run.count(objects=objects, generated_images=generated)
-    conclude(run, {"rows": rows, "by_angle": angles}, per_set)
+    metrics = {"rows": rows, "by_angle": angles} | ({"planted": proof} if proof else {})
+    conclude(run, metrics, per_set)

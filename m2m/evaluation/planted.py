@@ -84,19 +84,19 @@ class PlantedSampler:
         numbers = range(self._first + first_image, self._first + first_image + num_images)
         ignore = self.kind == "guesser"
         made = at_size(torch.stack([self._sets.pictures(key, numbers, ignore=ignore) for key in keys]), self.size)
-        return _worse(made, numbers, self._first) if self.kind == "drifter" else made
+        return worsened(made, [n - self._first for n in numbers]) if self.kind == "drifter" else made
 
     def reconstruct(self, pictures: Tensor) -> Tensor:
         """Planted models have no autoencoder: the pictures themselves."""
         return pictures
 
 
-def _worse(pictures: Tensor, numbers: Sequence[int], first: int) -> Tensor:
-    """Blurred and greyed, more with every number."""
+def worsened(pictures: Tensor, numbers: Sequence[int]) -> Tensor:
+    """What a drifter makes of pictures uint8 (B, n, 3, H, W): blurred and greyed, more with every number (from 0)."""
     pixels = pictures.float()
     blurred = F.avg_pool2d(pixels.flatten(0, 1), 7, 1, 3, count_include_pad=False).unflatten(0, pictures.shape[:2])
     grey = blurred.mean(2, keepdim=True) / 2 + 64
-    amount = torch.tensor([min(1.0, _DRIFT * (n - first + 1)) for n in numbers]).view(1, -1, 1, 1, 1)
+    amount = torch.tensor([min(1.0, _DRIFT * (n + 1)) for n in numbers]).view(1, -1, 1, 1, 1)
     return (pixels + amount * (grey - pixels)).clamp(0, 255).round().to(torch.uint8)
 
 

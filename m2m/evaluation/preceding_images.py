@@ -21,6 +21,7 @@ from m2m.evaluation.encoders import ClassifierBackbone, Clip, Reader
 from m2m.evaluation.grids import write_grid
 from m2m.evaluation.instruments import Tools, prove
 from m2m.evaluation.measures import cosine
+from m2m.evaluation.noises import over_noises
 from m2m.evaluation.per_set import PerSet, ratio_values
 from m2m.evaluation.planted import PLANTED, PlantedSampler, WorldSets
 from m2m.evaluation.protocol import (
@@ -40,6 +41,7 @@ from m2m.tiny.world import ATTRIBUTES, draw, read_caption, sample_scene
 
 _SHARED_RATE = 0.5  # of a trial's attributes; both kinds of trials then are equally many, whatever the captions do
 _KINDS = {"agreement": "agreement", "kept": "kept where shared", "varying": "agreement where they vary"}
+_ORACLE = "planted: oracle"
 _REACH = {"agreement": "ideal observer", "kept": "all", "varying": "chance"}
 Rates = TypeVar("Rates", float, np.ndarray)
 
@@ -50,7 +52,7 @@ class PrecedingImages(EvaluationConfig):
     trials: int = Field(200, ge=1, description="sets of preceding images: drawn by the world with a reader, else tests")
     preceding: list[int] = Field([1, 2, 3, 4], min_length=1, description="numbers of preceding images (Fig. 6: 1 to 4)")
     planted_sets: int = Field(
-        16, ge=0, description="sets that planted models continue to prove the measures; needs a reader, 0 leaves it out"
+        24, ge=0, description="sets that planted models continue to prove the measures; needs a reader, 0 leaves it out"
     )
 
 
@@ -72,8 +74,17 @@ class Agreement:
     values: np.ndarray  # float64 (trials,), their mean is the rate corrected for the reader's errors
     as_read: float
     reach: float  # the best rate there is
+    noise: float  # standard error of the rate of a model that reaches it: not 0 where all pictures happen to agree
+
+    @property
+    def off(self) -> float:
+        """How far from the best rate, in standard errors."""
+        own = float(self.values.std(ddof=1)) / len(self.values) ** 0.5 if len(self.values) > 1 else 0.0
+        error = max(own, self.noise)
+        return (float(self.values.mean()) - self.reach) / error if error else 0.0
 
 
+@over_noises
 def evaluate_preceding_images(config: PrecedingImages, run: StageRun) -> None:
     """Generate one image after 1, 2, ... preceding ones, with the same noise, without and with guidance.
 
@@ -236,7 +247,7 @@ def agreement(
     """
     assert trials.labels is not None and trials.shared is not None
     agrees = (read == trials.labels[:, 0]).double()
-    found: dict[str, list[tuple[np.ndarray, float, float]]] = {"agreement": [], "kept": [], "varying": []}
+    found: dict[str, list[tuple[np.ndarray, float, float, float]]] = {"agreement": [], "kept": [], "varying": []}
     for place, (name, values) in enumerate(ATTRIBUTES.items()):
         shared = trials.shared[:, place].double()
         equal = (trials.labels[:, :count, place] == trials.labels[:, :1, place]).all(1).double()
@@ -247,10 +258,16 @@ def agreement(
         for kind, (case, reach) in cases.items():
             if case.sum() > 0:
                 as_read = ratio_values(agrees[:, place] * case, case)
-                found[kind].append((corrected(as_read, accuracy[name], len(values)), float(as_read.mean()), reach))
+                rate = corrected(as_read, accuracy[name], len(values))
+                # of weighted yes-or-no answers (Kish's effective number of cases)
+                variance = reach * (1 - reach) * float(case.square().sum() / case.sum().square())
+                found[kind].append((rate, float(as_read.mean()), reach, variance))
     return {
         kind: Agreement(
-            np.mean([one[0] for one in of], 0), _mean([one[1] for one in of]), _mean([one[2] for one in of])
+            np.mean([one[0] for one in of], 0),
+            _mean([one[1] for one in of]),
+            _mean([one[2] for one in of]),
+            sum(one[3] for one in of) ** 0.5 / len(of),
         )
         for kind, of in found.items()
         if of
@@ -275,6 +292,7 @@ class _Told:
         self.rows: list[dict[str, Any]] = []
         self.per_set = PerSet()
         self.metrics: dict[str, Any] = {}
+        self._off: list[float] = []  # of the oracle from the ideal observer's curve
 
     def add(
         self,
@@ -303,6 +321,8 @@ class _Told:
                         row[f"{title} ±"] = metric and metric.error
                         row[_REACH[kind]] = here and here.reach
                     row["agreement as read"] = kinds["agreement"].as_read
+                    if name == _ORACLE:
+                        self._off.append(kinds["agreement"].off)
                 self.rows.append({key: value for key, value in row.items() if key != _REACH["kept"]})
 
     def conclude(self, guidances: Sequence[float], accuracy: Mapping[str, float]) -> None:
@@ -324,6 +344,10 @@ class _Told:
                     for name, values in ATTRIBUTES.items()
                 ],
             )
+        if self._off:
+            furthest = max(self._off, key=abs)
+            self._run.figure(**{"the oracle's furthest from the ideal observer, in standard errors": furthest})
+            self.metrics["oracle_off_the_ideal_observer"] = self._off
         config, most = self._config, max(self._config.preceding)
         for row in self.rows:
             if row["preceding images"] == most and row["guidance"] == config.sampling.guidance_scale:
@@ -338,7 +362,7 @@ class _Told:
     def _columns(self, key: str, guidance: float) -> dict[str, list[float]]:
         """Models at this guidance and the oracle, each with its errors; for agreement the ideal observer, too."""
         columns: dict[str, list[float]] = {"preceding images": [float(count) for count in self._config.preceding]}
-        here = [row for row in self.rows if row["guidance"] == guidance or row["model"] == "planted: oracle"]
+        here = [row for row in self.rows if row["guidance"] == guidance or row["model"] == _ORACLE]
         for row in here:
             columns.setdefault(str(row["model"]), []).append(float(row[key]))
             if row.get(f"{key} ±") is not None:

@@ -1,6 +1,7 @@
 """The next steps of held-out procedures (paper, section 8.5.2 and Fig. 8), measured against the true ones.
 
-Belongs here: what precedes, what is compared, what a generated step is told apart from. Not here: reading VGSI.
+Belongs here: what precedes, what is compared, what a generated step is told apart from. Not here: reading VGSI, the
+measures (`m2m.evaluation.steps`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,17 +13,18 @@ from pydantic import Field
 from torch import Tensor
 
 from m2m.config import SourcePath
-from m2m.data.vgsi import Procedures
+from m2m.data.vgsi import IMAGES, Procedures
 from m2m.errors import InputError
 from m2m.evaluation.grids import write_grid
-from m2m.evaluation.measures import cosine, psnr
+from m2m.evaluation.noises import over_noises
 from m2m.evaluation.per_set import PerSet
+from m2m.evaluation.planted_steps import prove_steps
 from m2m.evaluation.protocol import EvaluationConfig, Sampler, conclude, in_batches
+from m2m.evaluation.steps import FOUND, LIKENESS, StepMeasures
 from m2m.generation.noise import keyed_generator, namespaced
 from m2m.stage_run import StageRun
 
 _MODEL, _SHUFFLED, _COPY = "M2M-DINO", "M2M-DINO, preceding steps out of order", "the last preceding step, copied"
-_MEASURES = {"psnr": "PSNR, dB", "dino": "DINO likeness", "clip": "CLIP likeness"}
 
 
 class NextSteps(EvaluationConfig):
@@ -33,11 +35,15 @@ class NextSteps(EvaluationConfig):
     preceding: int = Field(4, ge=1, description="steps that precede, where a procedure has more; else all but its last")
     num_images: int = Field(4, ge=1, description="steps generated in the grids (Fig. 8), where a procedure has them")
     distractors: int = Field(9, ge=1, description="steps of other procedures among which the true next one is sought")
+    planted_procedures: int = Field(
+        24, ge=0, description="procedures of any split that planted models continue to prove the measures; 0: none"
+    )
     condition_guidance_scale: float | None = Field(
         None, description="s_C of Eq. 7, for the position; without one the pipeline's default"
     )
 
 
+@over_noises
 def evaluate_procedures(config: NextSteps, run: StageRun) -> None:
     """Generate the next step of held-out procedures and compare it with the true one.
 
@@ -48,7 +54,7 @@ def evaluate_procedures(config: NextSteps, run: StageRun) -> None:
     Raises:
         InputError: fewer than two held-out procedures with two steps or more.
     """
-    dino, clip = config.open_dino(run), config.open_clip(run)
+    measures = StepMeasures(config.open_dino(run), config.open_clip(run))
     sampler = Sampler(run.inputs["m2m_vgsi"], "dino", config)
     procedures = Procedures(run.source(config.vgsi), "test")
     chosen = _held_out(config, procedures, sampler.size)
@@ -67,19 +73,9 @@ def evaluate_procedures(config: NextSteps, run: StageRun) -> None:
         order = _out_of_order(config, place, before)
         given = torch.stack([steps[:before], steps[order]])
         made = _next(config, sampler, given, [place, place], before, 1)[:, 0]
-        truth, copied = steps[before], steps[before - 1]
-        pictures = torch.stack([*made, copied, truth])
         others = [(place + 1 + int(offset)) % len(chosen) for offset in _offsets(config, place, len(chosen))]
         distractors = torch.stack([_a_step(config, procedures, chosen[i], place, i, sampler.size) for i in others])
-        told = {"psnr": psnr(pictures[:3], truth.expand_as(pictures[:3])).double()}
-        seen = dino.pictures(torch.cat([pictures, distractors, steps]))
-        like = cosine(seen[:3, None], seen[None, 3:])
-        told["dino"] = like[:, 0]
-        embedded = clip.pictures(pictures)
-        told["clip"] = cosine(embedded[:3], embedded[3])
-        told["among_others"] = (like[:, 0] > like[:, 1 : 1 + len(others)].amax(1)).double()
-        own = like[:, 1 + len(others) :]
-        told["among_own"] = (own.argmax(1) == before).double()
+        told = measures.compare(torch.stack([*made, steps[before - 1]]), steps, before, distractors)
         told["chance_own"] = torch.tensor(1 / len(steps), dtype=torch.float64)
         # what was in order has no other order with fewer than two preceding steps
         told["reordered"] = torch.tensor(before > 1)
@@ -87,16 +83,12 @@ def evaluate_procedures(config: NextSteps, run: StageRun) -> None:
 
     found = in_batches(run, "procedures", len(chosen), config.batch, measure)
     distractors = min(config.distractors, len(chosen) - 1)
-    rows = _rows(found, _MEASURES)
+    rows = _rows(found, LIKENESS)
     sought = _rows(found, {"among_others": f"among {distractors} steps of others", "among_own": "among its own steps"})
     for row in sought:
         row |= {"chance": 1 / (1 + distractors), "chance among its own": found["chance_own"].mean().item()}
     per_set = PerSet()
-    for key, title in {
-        **_MEASURES,
-        "among_others": "found among others' steps",
-        "among_own": "found among its own",
-    }.items():
+    for key, title in {**LIKENESS, **FOUND}.items():
         per_set.add(f"{_MODEL}: {title}", found[key][:, 0], "higher", chosen)
         per_set.add(f"{_COPY}: {title}", found[key][:, 2], "neither", chosen)
         moved = found["reordered"]
@@ -108,9 +100,29 @@ def evaluate_procedures(config: NextSteps, run: StageRun) -> None:
     run.table("The next step against the true one", rows)
     run.table("Finding the true next step by the generated one", sought)
     _show(config, run, sampler, procedures, chosen)
-    run.figure(**{f"{title}, next step": round(rows[0][title], 4) for title in _MEASURES.values()})
+    run.figure(**{f"{title}, next step": round(rows[0][title], 4) for title in LIKENESS.values()})
     run.count(procedures=len(chosen), generated_images=len(chosen) * 2)
-    conclude(run, {"likeness": rows, "retrieval": sought}, per_set)
+    proof = _prove(config, run, measures, sampler.size)
+    conclude(run, {"likeness": rows, "retrieval": sought} | ({"planted": proof} if proof else {}), per_set)
+
+
+def _prove(config: NextSteps, run: StageRun, measures: StepMeasures, size: int) -> dict[str, Any] | None:
+    """Planted models on procedures of both splits, the held-out ones first: nobody was trained on them."""
+    found: list[Tensor] = []
+    for split in ("test", "train"):
+        # a planted follower goes wrong where the order is: two steps before the one that is sought
+        if len(found) < config.planted_procedures and (run.source(config.vgsi) / IMAGES / split).is_dir():
+            procedures = Procedures(run.source(config.vgsi), split)
+            for i in keyed_generator(namespaced(config.seed, "planted procedures")).permutation(len(procedures)):
+                if len(found) < config.planted_procedures and len(procedures[int(i)].step_ids) > 2:
+                    found.append(procedures.images(int(i), size))
+    found = [steps for steps in found if len(steps) > 2]
+    if len(found) < 2:
+        if config.planted_procedures:
+            run.progress.log(f"the measures are not proven: {len(found)} procedures have three steps or more")
+        return None
+    orders = [_out_of_order(config, i, min(config.preceding, len(steps) - 1)) for i, steps in enumerate(found)]
+    return prove_steps(found, orders, measures, config.distractors).tell(run)
 
 
 def _held_out(config: NextSteps, procedures: Procedures, size: int) -> list[int]:

@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import Field, model_validator
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional as F
 
-from m2m import artifacts
+from m2m import artifacts, processes
 from m2m.config import Compute, ModelSource, Settings, Source, StageConfig, is_hub_id, resolve, source_digest
 from m2m.data.sets import ImageSets
 from m2m.errors import ArtifactError, InputError
@@ -48,8 +48,16 @@ class Sampling(Settings):
 class EvaluationConfig(StageConfig):
     """The base of every evaluation's settings."""
 
+    made_together: ClassVar[bool] = True
+
     sampling: Sampling = Sampling.model_validate({})
     seed: int = Field(0, ge=0, description="namespace of the noise, keyed by (set, image), and of all choices")
+    noise_seed: int = Field(0, ge=0, description="namespace of the noise alone: the same choices, sampled anew")
+    noise_seeds: int = Field(
+        1,
+        ge=1,
+        description="noises, from noise_seed on, over which values by set are averaged",
+    )
     batch: int = Field(4, ge=1, description="sets sampled at a time")
     shown: int = Field(4, ge=1, description="sets in the picture grids")
     dino: ModelSource = Field(description="DINOv2, for similarities")
@@ -134,7 +142,8 @@ class Sampler:
         self.pipeline = load_pipeline(folder, variant, config.compute)
         self.pipeline.set_progress_bar_config(disable=True)
         self._config = config
-        self._noise = namespaced(config.seed, "evaluation noise")
+        number = f" {config.noise_seed}" if config.noise_seed else ""
+        self._noise = namespaced(config.seed, f"evaluation noise{number}")
         unet = self.pipeline.unet.config
         size = int(unet.sample_size)
         self.size = size * pixels_per_latent(self.pipeline.vae)
@@ -214,10 +223,20 @@ class Continues(Protocol):
 
 
 class SetPictures:
-    """The pictures of generate-sets' test split: the stored ones, or decoded latents where a profile stores none."""
+    """The pictures of generate-sets' test split: the stored ones, or decoded latents where a profile stores none.
+
+    Raises:
+        InputError: they are of another size than the model's pictures.
+    """
 
     def __init__(self, run: StageRun, decoder: Sampler) -> None:
         self._sets = ImageSets(run.inputs["sets"], "test")
+        if self._sets.image_size != decoder.size:
+            raise InputError(
+                f"{self._sets.folder}: sets of {self._sets.image_size} pixels; the model makes pictures of "
+                f"{decoder.size}. "
+                "Evaluate a model with sets of the text-to-image model that it was made from"
+            )
         self._decoder = decoder if self._sets.index.pictures is None else None
 
     def __len__(self) -> int:
@@ -238,8 +257,14 @@ class SetPictures:
         """uint8 (len(which), 3, H, W).
 
         Raises:
+            InputError: sets do not have as many pictures.
             ArtifactError: a picture is missing or can't be read.
         """
+        if which and max(which) >= self.images_per_set:
+            raise InputError(
+                f"{self._sets.folder}: sets of {self.images_per_set} images; picture {max(which) + 1} was asked for: "
+                "lower evaluate.preceding, or make larger sets"
+            )
         if self._decoder is not None:
             return self._decoder.decode(self._sets.latents(i, which))
         try:
@@ -260,23 +285,42 @@ def in_batches(
 ) -> dict[str, Tensor]:
     """Measure items batch by batch; each batch's results are kept, so that a killed run goes on where it was.
 
+    Processes that make the evaluation together (torchrun) take turns with the batches and leave what they find in the
+    output's folder, where all read all of it: the same result for any number of them.
+
     Args:
         name: what is measured; also the place of the kept results.
         measure: given a range of item numbers, tensors by name; concatenated along their first axis in the end.
+
+    Raises:
+        ArtifactError: another process's results are not there: the processes do not share the folder.
     """
-    folder = run.out / _PARTS / name
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = []
-    starts = range(0, count, batch)
-    for first in run.progress.each(starts, total=len(starts), unit="batch", label=name):
-        path = folder / f"{first:07d}.safetensors"
-        part = _read_part(path)
+    folder = kept_folder(run, name)
+    paths = {first: folder / f"{first:07d}.safetensors" for first in range(0, count, batch)}
+    mine = list(paths)[processes.rank() :: processes.count()]
+    parts: dict[int, dict[str, Tensor]] = {}
+    for first in run.progress.each(mine, total=len(mine), unit="batch", label=name):
+        part = _read_part(paths[first])
         if part is None:
             measured = measure(range(first, min(count, first + batch)))
             part = {key: value.contiguous() for key, value in measured.items()}
-            artifacts.write_bytes(path, save(part))
-        parts.append(part)
-    return {key: torch.cat([part[key] for part in parts]) for key in (parts[0] if parts else ())}
+            artifacts.write_bytes(paths[first], save(part))
+        parts[first] = part
+    processes.wait_for_all()
+    for first in paths.keys() - parts.keys():
+        part = _read_part(paths[first])
+        if part is None:
+            raise ArtifactError(f"{paths[first]}: another process left nothing here. Do they share this folder?")
+        parts[first] = part
+    found = [parts[first] for first in paths]
+    return {key: torch.cat([part[key] for part in found]) for key in (found[0] if found else ())}
+
+
+def kept_folder(run: StageRun, name: str) -> Path:
+    """Where something is kept for a restart, until the evaluation is concluded."""
+    folder = run.out / _PARTS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def conclude(run: StageRun, metrics: Mapping[str, Any], per_set: PerSet | None = None) -> None:
@@ -289,10 +333,13 @@ def conclude(run: StageRun, metrics: Mapping[str, Any], per_set: PerSet | None =
     shown = {kind: run.summary.get(kind, {}) for kind in ("figures", "tables", "curves")}
     wrong = _not_finite(metrics, "") + _not_finite(shown, "")
     run.check("metrics_finite", not wrong, f"not finite: {', '.join(wrong[:5])}")
-    artifacts.write_json(run.out / METRICS, dict(metrics))
-    if per_set is not None:
-        per_set.write(run.out)
-    shutil.rmtree(run.out / _PARTS, ignore_errors=True)
+    processes.wait_for_all()  # before what the others read is gone
+    if processes.leads():
+        artifacts.write_json(run.out / METRICS, dict(metrics))
+        if per_set is not None:
+            per_set.write(run.out)
+        shutil.rmtree(run.out / _PARTS, ignore_errors=True)
+    processes.wait_for_all()  # and until what all read is there
 
 
 def at_size(pictures: Tensor, size: int) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -18,9 +19,13 @@ from m2m.data.photo_sets import PhotoSets, load_image
 from m2m.errors import ConfigError, InputError
 from m2m.evaluation.grids import write_grid
 from m2m.evaluation.measures import cosine
+from m2m.evaluation.noises import over_noises
+from m2m.evaluation.per_set import Better, PerSet
 from m2m.evaluation.protocol import EvaluationConfig, Sampler, conclude, each_picture, in_batches, samplers
 from m2m.generation.noise import keyed_generator, namespaced
 from m2m.stage_run import StageRun
+
+_BETTER: dict[str, Better] = {"own category": "higher", "own category is nearest": "higher"}
 
 
 class RealImages(EvaluationConfig):
@@ -38,6 +43,7 @@ class RealImages(EvaluationConfig):
     num_images: int = Field(4, ge=1, description="images generated after them (Fig. 5)")
 
 
+@over_noises
 def evaluate_real_images(config: RealImages, run: StageRun) -> None:
     """Continue sets of photographs of one category; compare what comes with that category's and the others' photos.
 
@@ -50,6 +56,7 @@ def evaluate_real_images(config: RealImages, run: StageRun) -> None:
     looks = {"DINO": config.open_dino(run), "CLIP": config.open_clip(run)}
     drawn = _draw_sets(config, photos)
     rows: list[dict[str, Any]] = []
+    per_set = PerSet()
     known: dict[str, list[Tensor]] = {}
     for name, sampler in samplers(config, run):
         pictures = {category: _load(paths, sampler.size) for category, paths in photos.items()}
@@ -58,7 +65,10 @@ def evaluate_real_images(config: RealImages, run: StageRun) -> None:
             rows.append(_photographs_row(known))
         preceding = torch.stack([pictures[names[category]][picks] for category, picks in drawn])
         found = _continue_sets(config, run, name, sampler, preceding, looks)
-        rows.append(_row(name, found, drawn, known))
+        values = _values(found, drawn, known)
+        rows.append({"images": name} | {title: _mean(of) for title, of in values.items()})
+        for title, of in values.items():
+            per_set.add(f"{name}: {title}", np.array(of), _BETTER.get(title.partition(": ")[2], "neither"))
         # the first set of each category, not all sets of the first category
         wanted = range(0, len(drawn), config.sets_per_category)[: config.shown]
         run.picture(
@@ -76,7 +86,7 @@ def evaluate_real_images(config: RealImages, run: StageRun) -> None:
             **{f"dino_within_{short}": row["DINO: own category"], f"dino_across_{short}": row["DINO: other categories"]}
         )
     run.count(categories=len(names), sets=len(drawn), generated_images=len(drawn) * config.num_images * 2)
-    conclude(run, {"rows": rows, "categories": names})
+    conclude(run, {"rows": rows, "categories": names}, per_set)
 
 
 def _photos(config: RealImages, run: StageRun) -> dict[str, list[Path]]:
@@ -133,13 +143,11 @@ def _continue_sets(
     return in_batches(run, name, len(preceding), config.batch, measure)
 
 
-def _row(
-    name: str,
-    found: Mapping[str, Tensor],
-    drawn: Sequence[tuple[int, list[int]]],
-    known: Mapping[str, Sequence[Tensor]],
-) -> dict[str, Any]:
-    row: dict[str, Any] = {"images": name}
+def _values(
+    found: Mapping[str, Tensor], drawn: Sequence[tuple[int, list[int]]], known: Mapping[str, Sequence[Tensor]]
+) -> dict[str, list[float]]:
+    """Each likeness by set."""
+    values: dict[str, list[float]] = {}
     for key, photos in known.items():
         shown, own, other, right = [], [], [], []
         for made, (category, picks) in zip(found[key], drawn):
@@ -150,13 +158,13 @@ def _row(
             other.append(torch.cat([x for i, x in enumerate(likeness) if i != category], 1).mean().item())
             nearest = torch.stack([x.mean(1) for x in likeness]).argmax(0)
             right.append((nearest == category).double().mean().item())
-        row |= {
-            f"{key}: preceding photographs": _mean(shown),
-            f"{key}: own category": _mean(own),
-            f"{key}: other categories": _mean(other),
-            f"{key}: own category is nearest": _mean(right),
+        values |= {
+            f"{key}: preceding photographs": shown,
+            f"{key}: own category": own,
+            f"{key}: other categories": other,
+            f"{key}: own category is nearest": right,
         }
-    return row
+    return values
 
 
 def _photographs_row(known: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:

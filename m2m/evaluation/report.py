@@ -1,37 +1,30 @@
 """The report: one self-contained HTML page of what a profile made, measured, and from what.
 
-Belongs here: gathering summaries, manifests and run records; pictures made fit for a page. Not here: the page's look
-(`report.html.j2`), drawing curves (`m2m.evaluation.charts`), any measuring.
+Belongs here: gathering summaries, manifests and run records; the regression gate's check. Not here: how a page is made
+of them (`m2m.evaluation.page`), any measuring.
 """
 
-import base64
-import io
 import json
-import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Annotated, Any
 
-import jinja2
-from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 
 from m2m import artifacts
 from m2m.artifacts import Manifest, Summary
 from m2m.config import Source, StageConfig
 from m2m.errors import ArtifactError
-from m2m.evaluation.charts import chart
-from m2m.evaluation.compare import HEADLINE_LIMIT, HEADLINES, LIMIT, open_per_set, regressions
+from m2m.evaluation.compare import open_per_set
+from m2m.evaluation.gate import FALSE_ALARMS, HEADLINES, WORSENING, blind_to, gate, regressions
+from m2m.evaluation.page import data_uri, inside, missing_from, render
 from m2m.evaluation.per_set import PER_SET, Metric, read_per_set, write_per_set
 from m2m.evaluation.protocol import METRICS
 from m2m.stage_run import StageRun
 from m2m.stages import STAGES, Stage
 
 PAGE = "report.html"
-_TEMPLATE = Path(__file__).with_name("report.html.j2")
 _GROUPS = {"data": "Data", "models": "Models", "evaluation": "Evaluation"}
 _TITLES = {
     "filter-captions": "Captions",
@@ -94,10 +87,11 @@ class WriteReport(StageConfig):
         None, description="per_set.parquet of the last accepted report, for the regression gate; without one it is off"
     )
     gate_headlines: list[str] = Field(
-        list(HEADLINES), description="metrics held to gate_headline_errors; all others to gate_errors"
+        list(HEADLINES), description="metrics that share one half of gate_false_alarms; all others share the other half"
     )
-    gate_headline_errors: float = Field(HEADLINE_LIMIT, gt=0, description="standard errors worse that are a regression")
-    gate_errors: float = Field(LIMIT, gt=0, description="the same for the other metrics, of which there are many")
+    gate_false_alarms: float = Field(
+        FALSE_ALARMS, gt=0, lt=1, description="how often an unchanged model, evaluated with other seeds, is refused"
+    )
 
 
 @dataclass
@@ -163,8 +157,12 @@ def write_report(config: WriteReport, run: StageRun) -> None:
     groups = [
         (title, [section for section in sections if section.stage.group == group]) for group, title in _GROUPS.items()
     ]
-    page = _environment(config.picture_width).get_template(_TEMPLATE.name)
-    html = page.render(
+    metrics = {
+        f"{section.stage.variant}: {name}": metric for section in sections for name, metric in section.per_set.items()
+    }
+    compared = _compare_with_accepted(config, run, metrics)
+    html = render(
+        config.picture_width,
         title=config.title,
         profile=run.profile.name,
         label=run.profile.label,
@@ -176,16 +174,12 @@ def write_report(config: WriteReport, run: StageRun) -> None:
         seconds=sum(section.seconds or 0 for section in sections),
         machine=_machine(sections),
         fingerprint=run.fingerprint,
+        compared=compared,
     )
     artifacts.write_bytes(run.out / PAGE, html.encode())
-    metrics = {
-        f"{section.stage.variant}: {name}": metric for section in sections for name, metric in section.per_set.items()
-    }
     write_per_set(run.out / PER_SET, metrics)
     artifacts.write_json(run.out / METRICS, {section.stage.key: _metrics(section) for section in sections})
-    worse = _regressions(config, run, metrics)
-    run.check("no_regression", not worse, "; ".join(worse))
-    run.figure(**figures)
+    run.figure(**figures, gate=compared or None)
     run.count(
         metrics=len(metrics),
         sections=len(sections),
@@ -193,14 +187,6 @@ def write_report(config: WriteReport, run: StageRun) -> None:
     )
     missing = missing_from(html, [section.id for section in sections])
     run.check("report_complete", not missing, "; ".join(missing))
-
-
-def missing_from(html: str, sections: list[str]) -> list[str]:
-    """What keeps a page from being complete and self-contained, in words: nothing if it is."""
-    seen = _Page()
-    seen.feed(html)
-    missing = [f"no section {name}" for name in sections if name not in seen.sections]
-    return missing + [f"reads {link} from outside" for link in seen.outside]
 
 
 def _metrics(section: Section) -> dict[str, Any]:
@@ -224,31 +210,22 @@ def _metrics(section: Section) -> dict[str, Any]:
     }
 
 
-def _regressions(config: WriteReport, run: StageRun, metrics: dict[str, Metric]) -> list[str]:
+def _compare_with_accepted(config: WriteReport, run: StageRun, metrics: dict[str, Metric]) -> str:
+    """Check against the accepted report, and what came of it in words; empty without one."""
     if config.accepted is None:
-        return []
-    return regressions(
+        run.check("no_regression", True, "")
+        return ""
+    tested = gate(
         open_per_set(run.source(config.accepted)),
         metrics,
         headlines=config.gate_headlines,
-        headline_limit=config.gate_headline_errors,
-        limit=config.gate_errors,
+        false_alarms=config.gate_false_alarms,
     )
-
-
-class _Page(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.sections: set[str] = set()
-        self.outside: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        said = dict(attrs)
-        if tag == "section" and said.get("id"):
-            self.sections.add(str(said["id"]))
-        link = said.get("src") or (said.get("href") if tag == "link" else None)
-        if link and not link.startswith("data:"):
-            self.outside.append(link)
+    run.check("no_regression", not (worse := regressions(tested)), "; ".join(worse))
+    return (
+        f"{len(tested)} metrics compared with the accepted report, {len(worse)} worse. In {len(blind_to(tested))} of "
+        f"them a true worsening of {WORSENING:g} standard errors may pass unseen"
+    )
 
 
 def _section(run: StageRun, name: str, folder: Path) -> Section:
@@ -280,7 +257,7 @@ def _headline_pictures(config: WriteReport, run: StageRun, sections: list[Sectio
     found = [(section, item) for section in [*first, *sections] for item in section.summary.pictures.items()]
     headlines = []
     for place, (section, (caption, path)) in enumerate(found[: config.headline_pictures]):
-        source = _inside(section.folder, path)
+        source = inside(section.folder, path)
         copy = run.out / f"headline-{place + 1}{source.suffix}"
         artifacts.write_bytes(copy, source.read_bytes())
         run.picture(caption, copy)
@@ -329,103 +306,3 @@ def _machine(sections: list[Section]) -> list[tuple[str, str]]:
         **(newest.get("packages") or {}),
     }
     return [(key, str(value)) for key, value in told.items() if value is not None]
-
-
-def data_uri(path: Path, width: int) -> str:
-    """A picture file as a data URI; pictures wider than `width` are made smaller and become JPEG.
-
-    Raises:
-        ArtifactError: it can't be read as a picture.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            kind = (image.format or "PNG").lower()
-            content = path.read_bytes()
-            if image.width > width or kind not in ("png", "jpeg", "webp"):
-                image.thumbnail((width, image.height), Image.Resampling.LANCZOS)
-                buffer = io.BytesIO()
-                image.convert("RGB").save(buffer, "JPEG", quality=88)
-                kind, content = "jpeg", buffer.getvalue()
-    except (OSError, UnidentifiedImageError) as error:
-        raise ArtifactError(f"{path}: not a picture: {error}") from None
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _inside(folder: Path, path: str) -> Path:
-    found = (folder / path).resolve()
-    if not found.is_relative_to(folder.resolve()):
-        raise ArtifactError(f"{folder}: its summary names a picture outside of it: {path}")
-    return found
-
-
-def _environment(width: int) -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATE.parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "cell": _cell,
-        "duration": _duration,
-        "bytes": _bytes,
-        "words": lambda name: str(name).replace("_", " "),
-        "chart": lambda columns, name: chart(name, columns),
-    }
-    environment.globals["picture"] = lambda section, path: data_uri(_inside(section.folder, path), width)
-    environment.globals |= {"numeric_columns": _numeric_columns, "decimals": _decimals}
-    return environment
-
-
-def _numeric_columns(rows: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Columns that hold numbers alone, or numbers written out such as "9.56 ± 1.21"."""
-    return {
-        column for column in rows[0] if all(re.fullmatch(r"[-–+]?[\d., ±%]*", _cell(row.get(column))) for row in rows)
-    }
-
-
-def _decimals(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """How many decimals show a column's numbers to about four digits, and no more than they have."""
-    found = {}
-    for column in rows[0]:
-        values = [row[column] for row in rows if isinstance(row.get(column), float) and math.isfinite(row[column])]
-        if values:
-            largest = max(abs(value) for value in values)
-            most = 4 if largest < 0.1 else 3 if largest < 10 else 2 if largest < 100 else 1
-            found[column] = next((n for n in range(most) if all(v == round(v, n) for v in values)), most)
-    return found
-
-
-def _cell(value: Any, decimals: int | None = None) -> str:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "⚠ not a finite number"
-    if isinstance(value, float) and decimals is not None:
-        return f"{value:,.{decimals}f}"
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" if abs(value) < 1 else f"{value:.2f}"
-    return str(value)
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, hours = seconds / 60, seconds / 3600
-    return f"{minutes:.1f} min" if minutes < 60 else f"{hours:.1f} h"
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"

@@ -12,6 +12,7 @@ from torch import Tensor
 from m2m.evaluation.encoders import Clip, Dino, Reader
 from m2m.evaluation.grids import write_grid
 from m2m.evaluation.measures import appearance, cosine
+from m2m.evaluation.noises import over_noises
 from m2m.evaluation.per_set import PerSet
 from m2m.evaluation.protocol import (
     EvaluationConfig,
@@ -44,6 +45,7 @@ class Rollouts(EvaluationConfig):
     num_images: int = Field(16, ge=2, description="images generated after them, one after the other")
 
 
+@over_noises
 def evaluate_rollouts(config: Rollouts, run: StageRun) -> None:
     """Generate long sequences and tell, for every n-th image, how like the beginning it still is and how it looks."""
     dino, clip, reader = config.open_dino(run), config.open_clip(run), config.open_reader(run)

@@ -20,6 +20,7 @@ from m2m.errors import ConfigError, InputError
 from m2m.evaluation.encoders import ClassifierBackbone, Clip, InceptionBackbone
 from m2m.evaluation.grids import write_grid
 from m2m.evaluation.measures import clip_scores, frechet_distance, inception_score, mean_and_deviation
+from m2m.evaluation.noises import over_noises
 from m2m.evaluation.per_set import Better, Metric, PerSet, jackknife
 from m2m.evaluation.protocol import (
     EvaluationConfig,
@@ -73,7 +74,7 @@ class Table1(EvaluationConfig):
         missing = self.backbone == "inception-v3" and importlib.util.find_spec("torch_fidelity") is None
         return [
             *super().preview(root, variant),
-            f"backbone: {self.backbone}" + (" (not installed here: pip install torch-fidelity)" if missing else ""),
+            f"backbone: {self.backbone}" + (" (not here: pip install --no-deps torch-fidelity)" if missing else ""),
             f"{self.sets:,} sets, {self.num_images} images after {self.preceding}, two models: "
             f"{self.sets * self.num_images * 2:,} images",
         ]
@@ -91,6 +92,7 @@ class Table1(EvaluationConfig):
             )
 
 
+@over_noises
 def evaluate_table_1(config: Table1, run: StageRun) -> None:
     """Continue test sets with both models and score every n-th image; the sets' own images are scored alongside.
 

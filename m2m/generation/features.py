@@ -5,7 +5,7 @@ Belongs here: preprocessing, encoding, caching. Not here: reading the cache (`m2
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -30,8 +30,9 @@ from m2m.data.sets import (
     read_index,
     write_index,
 )
-from m2m.data.shards import ShardReader, ShardWriter, npy_bytes, read_record
-from m2m.errors import ArtifactError, InputError
+from m2m.data.shard_reader import ShardReader
+from m2m.data.shards import ShardWriter, npy_bytes, read_record
+from m2m.errors import ArtifactError, ConfigError, InputError
 from m2m.generation.image_sets import decode_pictures
 from m2m.generation.shard_work import (
     PlannedShard,
@@ -85,10 +86,12 @@ class CacheFeatures(StageConfig):
 def cache_features(config: CacheFeatures, run: StageRun) -> None:
     """Write shards of features, numbered as the sets' shards are, `sets.parquet` and `index.json` into `run.out`.
 
-    A set's `features.npy` is (N - 1, tokens, width), float16, or int8 with `scales.npy` (N - 1, tokens) float32.
+    A set's `features.npy` is (N - 1, tokens, width), float16, or int8 with `scales.npy` (N - 1, tokens) float32. A set
+    whose features are not finite, or whose batch the model stumbles over, is noted with its error and tried again by
+    the next run.
 
     Raises:
-        ConfigError: a shard that there is not.
+        ConfigError: a shard that there is not, or batches that are too large for the device's memory.
         InputError: neither pictures nor a VAE, or a set with fewer than N images.
     """
     folder = run.inputs["sets"]
@@ -115,19 +118,28 @@ def cache_features(config: CacheFeatures, run: StageRun) -> None:
 
     encoder = SetEncoder(config, run.profile.root, folder)
 
-    def fill(shard: PlannedShard[dict[int, str]], writer: ShardWriter) -> None:
+    def chunks(shard: PlannedShard[dict[int, str]]) -> list[list[int]]:
         positions = sorted(shard.content)
-        chunks = [positions[i : i + config.sets_per_batch] for i in range(0, len(positions), config.sets_per_batch)]
-        label = f"shard {shard.number + 1} of {index.shards}"
-        for chunk in run.progress.each(chunks, unit="batch", label=label):
-            ids, features = encoder.encode(shard.number, chunk)
-            for caption_id, found in zip(ids, features):
-                if torch.isfinite(found).all():
-                    writer.add(f"{caption_id:09d}", stored(found, config.storage))
-                else:
-                    writer.fail(f"{caption_id:09d}", "the features hold NaN or infinity")
+        return [positions[i : i + config.sets_per_batch] for i in range(0, len(positions), config.sets_per_batch)]
 
-    if not make_shards(run, index.shards, planned, fill):
+    def fill(shard: PlannedShard[dict[int, str]], writer: ShardWriter) -> None:
+        label = f"shard {shard.number + 1} of {index.shards}"
+        for chunk in run.progress.each(chunks(shard), unit="batch", label=label):
+            for key, found in encoder.files(shard.number, chunk).items():
+                if isinstance(found, str):
+                    writer.fail(key, found)
+                else:
+                    writer.add(key, found)
+
+    def retry(shard: PlannedShard[dict[int, str]], keys: Sequence[str]) -> dict[str, Mapping[str, bytes]]:
+        again: dict[str, Mapping[str, bytes]] = {}
+        for chunk in chunks(shard):  # whole batches: other batches give other last bits
+            if any(encoder.key(shard.number, position) in keys for position in chunk):
+                found = encoder.files(shard.number, chunk)
+                again |= {key: files for key in keys if isinstance(files := found.get(key), dict)}
+        return again
+
+    if not make_shards(run, index.shards, planned, fill, retry):
         return
     with run.lock("finish"):
         drop_leftovers(run.out)
@@ -220,6 +232,33 @@ class SetEncoder:
         if self._sets.index.pictures:
             return self._sets.pictures(i, chosen)
         return decode_pictures(self._vae, self._sets.latents(i, chosen), self._config.decode_batch)
+
+    def key(self, shard: int, position: int) -> str:
+        """A set's name in the shard, in the sets' and in the features'."""
+        return f"{self._sets.caption_id(self._first[shard] + position):09d}"
+
+    def files(self, shard: int, positions: Sequence[int]) -> dict[str, dict[str, bytes] | str]:
+        """By their keys the files of some sets of a shard, encoded together, or why there are none.
+
+        Raises:
+            ConfigError: they do not fit the device's memory.
+        """
+        try:
+            _, features = self.encode(shard, positions)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"cache-features: {len(positions)} sets do not fit the device's memory: take compute.dtype float16, or "
+                f"smaller sets_per_batch and decode_batch ({str(error).splitlines()[0]})"
+            ) from error
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            return {self.key(shard, position): why for position in positions}
+        return {
+            self.key(shard, position): stored(found, self._config.storage)
+            if torch.isfinite(found).all()
+            else "the features hold NaN or infinity"
+            for position, found in zip(positions, features)
+        }
 
     def encode(self, shard: int, positions: Sequence[int]) -> tuple[list[int], Tensor]:
         """Caption ids and features, float (sets, N - 1, S, D) on the CPU, of some sets of a shard."""

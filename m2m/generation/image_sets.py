@@ -20,12 +20,14 @@ from PIL import Image
 from pydantic import Field
 
 from m2m.artifacts import write_bytes
-from m2m.config import Compute, ModelSource, StageConfig, is_hub_id, resolve
+from m2m.config import Compute, Later, ModelSource, StageConfig, is_hub_id, resolve
 from m2m.data.captions import SPLITS, caption_shards, count_captions
 from m2m.data.sets import LATENTS, ImageSets, SetsIndex, SetTable, picture_name, write_index
-from m2m.data.shards import ShardReader, ShardWriter, npy_bytes
+from m2m.data.shard_reader import ShardReader
+from m2m.data.shards import ShardWriter, npy_bytes
 from m2m.errors import ArtifactError, ConfigError, InputError
 from m2m.generation.noise import keyed_normal, namespaced
+from m2m.generation.one_behind import one_behind
 from m2m.generation.shard_work import (
     PlannedShard,
     check_shards,
@@ -62,6 +64,12 @@ class GenerateSets(StageConfig):
     store_images: Literal["png", "webp", "jpeg"] | None = Field(
         default=None, description="pictures beside the latents; latents alone are the smallest"
     )
+    channels_last: Annotated[bool, Later()] = Field(
+        default=False, description="weights in the memory format that a GPU's 16-bit convolutions are fastest in"
+    )
+    compile: Annotated[bool, Later()] = Field(
+        default=False, description="torch.compile the U-Net: a minute at the start, then faster; needs a C++ compiler"
+    )
     picture_quality: int = Field(default=90, ge=1, le=100, description="of WebP and JPEG")
     decode_batch: int = Field(default=5, ge=1, description="images that the autoencoder decodes at a time")
     max_failed: float = Field(default=0.01, ge=0, lt=1, description="share of sets that may fail (NaN, an error)")
@@ -93,7 +101,8 @@ def generate_sets(config: GenerateSets, run: StageRun) -> None:
 
     A shard holds, for each caption in the order of ids, `latents.npy` (float16 (images, C, h, w), as the U-Net sees
     them), `json` (id, caption, split) and, where asked for, pictures (`00.png`, ...). One set is one batch of the
-    U-Net, whose output depends on the batch size in its last bits. A set with NaN or infinity, or one that the model
+    U-Net, whose output depends on the batch size in its last bits. Pictures of a set are decoded and encoded while the
+    next one is sampled. A set with NaN or infinity, or one that the model
     stumbles over, is left out, noted with its error and tried again by the next run.
 
     Raises:
@@ -117,10 +126,11 @@ def generate_sets(config: GenerateSets, run: StageRun) -> None:
 
     def fill(shard: PlannedShard[pd.DataFrame], writer: ShardWriter) -> None:
         label = f"shard {shard.number + 1} of {config.shards}"
-        for row in run.progress.each(shard.content.to_dict(orient="records"), unit="set", label=label):
+        rows = run.progress.each(shard.content.to_dict(orient="records"), unit="set", label=label)
+        for row, files in one_behind(rows, maker.sampled, maker.finished):
             key = f"{row['id']:09d}"
             try:
-                writer.add(key, maker.files(row))
+                writer.add(key, files.result())
             except SetFailed as error:
                 writer.fail(key, str(error))
             except SetDropped as error:
@@ -131,7 +141,7 @@ def generate_sets(config: GenerateSets, run: StageRun) -> None:
         again = shard.content.loc[shard.content["id"].isin([int(key) for key in keys])]
         for row in again.to_dict(orient="records"):
             with contextlib.suppress(SetFailed, SetDropped):
-                found[f"{row['id']:09d}"] = maker.files(row)
+                found[f"{row['id']:09d}"] = maker.finished(row, maker.sampled(row))
         return found
 
     if not make_shards(run, config.shards, planned, fill, retry):
@@ -175,6 +185,11 @@ class SetMaker:
             case "dpmsolver++":
                 pipeline.scheduler = DPMSolverMultistepScheduler.from_config(old, algorithm_type="dpmsolver++")
         pipeline.set_progress_bar_config(disable=True)
+        if self._config.channels_last:
+            for part in (pipeline.unet, pipeline.vae):
+                part.to(memory_format=torch.channels_last)
+        if self._config.compile:
+            pipeline.unet.compile(dynamic=False)
         return pipeline
 
     @cached_property
@@ -215,15 +230,15 @@ class SetMaker:
         )
         return made[0].float().cpu().numpy().astype(np.float16)
 
-    def files(self, row: Mapping[str, Any]) -> dict[str, bytes]:
-        """The files of one caption's set.
+    def sampled(self, row: Mapping[str, Any]) -> np.ndarray:
+        """The latents of one caption's set.
 
         Args:
             row: the caption's id, caption and split.
 
         Raises:
-            SetFailed, SetDropped: there is none, and why.
-            ConfigError: it does not fit the device's memory.
+            SetFailed: there are none, and why.
+            ConfigError: it does not fit the device's memory, or the U-Net can't be compiled.
         """
         try:
             latents = self.latents(row["id"], row["caption"])
@@ -233,25 +248,47 @@ class SetMaker:
                 f"compute.dtype float16, or a smaller images_per_set or image_size ({str(error).splitlines()[0]})"
             ) from error
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            if self._config.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                said = " ".join(str(error).split())[:300]
+                raise ConfigError(f"generate-sets.compile: torch can't compile the U-Net here: {said}") from error
             raise SetFailed(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
         if not np.isfinite(latents).all():
             raise SetFailed("the latents hold NaN or infinity")
-        if self._filter and (reason := self._filter(row["caption"], self.decode(latents))):
+        return latents
+
+    def finished(self, row: Mapping[str, Any], latents: np.ndarray) -> dict[str, bytes]:
+        """The files of a set.
+
+        Raises:
+            SetDropped: the content filter says why.
+        """
+        pictures = self.decode(latents) if self._filter or self._config.store_images else None
+        if self._filter and pictures is not None and (reason := self._filter(row["caption"], pictures)):
             raise SetDropped(reason)
         said = {"caption": row["caption"], "id": row["id"], "split": row["split"]}
         files = {LATENTS: npy_bytes(latents), "json": json.dumps(said, ensure_ascii=False).encode()}
-        return files | self.pictures(latents)
+        return files | self.encoded(pictures)
 
     def decode(self, latents: np.ndarray) -> torch.Tensor:
-        """Pictures of stored latents, uint8 (n, 3, H, W)."""
-        return decode_pictures(self.pipeline.vae, torch.from_numpy(latents), self._config.decode_batch)
+        """Pictures of stored latents, uint8 (n, 3, H, W).
 
-    def pictures(self, latents: np.ndarray) -> dict[str, bytes]:
-        """The encoded pictures of a set by their name in the shard; none unless the config wants them."""
+        Raises:
+            ConfigError: so many at a time do not fit the device's memory.
+        """
+        try:
+            return decode_pictures(self.pipeline.vae, torch.from_numpy(latents), self._config.decode_batch)
+        except torch.OutOfMemoryError as error:
+            said = str(error).splitlines()[0]
+            raise ConfigError(
+                f"generate-sets: {self._config.decode_batch} pictures do not fit the device's memory beside the U-Net: "
+                f"take a smaller decode_batch ({said})"
+            ) from error
+
+    def encoded(self, pictures: torch.Tensor | None) -> dict[str, bytes]:
+        """The pictures of a set as files by their name in the shard; none unless the config wants them."""
         kind = self._config.store_images
-        if kind is None:
+        if kind is None or pictures is None:
             return {}
-        pictures = self.decode(latents)
         return {
             picture_name(i, kind): encode_picture(picture, kind, self._config.picture_quality)
             for i, picture in enumerate(pictures)

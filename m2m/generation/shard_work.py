@@ -3,25 +3,21 @@
 Belongs here: who makes which shard, and when all are there. Not here: what is in a shard (`image_sets`, `features`).
 """
 
+import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from m2m.artifacts import write_bytes
 from m2m.config import StageConfig, identity
-from m2m.data.shards import (
-    FOLDER,
-    Failure,
-    ShardPaths,
-    ShardReader,
-    ShardWriter,
-    adopt,
-    is_current,
-    read_record,
-    shard_faults,
-)
+from m2m.data.shard_reader import ShardReader
+from m2m.data.shards import FOLDER, Failure, ShardPaths, ShardWriter, clear_leftovers, read_record
+from m2m.data.tars import blocks_of, open_tar
+from m2m.data.verified import is_current, shard_faults
 from m2m.errors import ConfigError
 from m2m.stage_run import StageRun
 
@@ -96,6 +92,31 @@ def make_shards(
     if missing:
         run.finish_later(f"{total - len(missing)} of {total} shards are whole; to be made: {_ranges(missing)}")
     return not missing
+
+
+def adopt(source: Path, out: Path, number: int, fingerprint: str) -> bool:
+    """Take over a shard of another output when it is the same work; tells whether it did.
+
+    So more captions, or others elsewhere in the file, do not make whole shards anew. Links where it can, else copies.
+    """
+    if not is_current(source, number, fingerprint) or shard_faults(source, number):
+        return False
+    there, here = ShardPaths(source, number), ShardPaths(out, number)
+    here.tar.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(out, number)
+    temporary = here.tar.with_name(f".{here.tar.name}.tmp")
+    try:
+        os.link(there.tar, temporary)
+    except OSError:
+        with contextlib.closing(open_tar(there)) as old, temporary.open("wb") as new:
+            for block in blocks_of(old):
+                new.write(block)
+            new.flush()
+            os.fsync(new.fileno())
+    os.replace(temporary, here.tar)
+    write_bytes(here.index, there.index.read_bytes())
+    write_bytes(here.record, there.record.read_bytes())
+    return True
 
 
 def _amend(out: Path, shard: PlannedShard[Any], found: Mapping[str, Mapping[str, bytes]]) -> None:

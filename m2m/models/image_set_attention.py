@@ -22,6 +22,9 @@ from m2m.models.context import Context
 from m2m.models.flex_attention import flex_prefix_attention
 from m2m.models.int8_context import KeptContext
 
+Reads = Sequence[Sequence[slice | list[int]]]
+"""For every set and every image of it, the places of the images before it that it reads."""
+
 
 def set_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Every token of one image attends to all tokens of some images (Eq. 4, no mask).
@@ -59,32 +62,41 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None
     return torch.where(keep[:, :, None, None, None], read, torch.zeros_like(read))
 
 
-def chosen_attention(q: Tensor, k: Tensor, v: Tensor, reads: Tensor) -> Tensor:
+def chosen_attention(q: Tensor, k: Tensor, v: Tensor, reads: Reads) -> Tensor:
     """`prefix_attention` where each image reads only some of the images before it.
 
-    Args:
-        reads: (sets, images, images - 1) bool; of an image's own and later ones nothing is read whatever it says.
+    A loop over sets and images: no mask, and no arithmetic for what is not read.
 
     Returns:
         Same shape as `q`; zero where nothing is read.
     """
-    tokens = k.shape[2]
-    found = []
-    for i in range(q.shape[1]):
-        chosen = reads[:, i, :i]
-        some = chosen.any(1)
-        # a row without a key would give NaN: let it read all, and throw away what it read
-        seen = (chosen | ~some[:, None]).repeat_interleave(tokens, 1)[:, None, None]
-        read = torch.zeros_like(q[:, i])
-        if i:
-            parts = (part.transpose(1, 2) for part in (q[:, i], k[:, :i].flatten(1, 2), v[:, :i].flatten(1, 2)))
-            read = F.scaled_dot_product_attention(*parts, attn_mask=seen).transpose(1, 2)
-        found.append(torch.where(some[:, None, None, None], read, torch.zeros_like(read)))
-    return torch.stack(found, dim=1)
+    found = [
+        torch.cat([set_attention(q[one, i], k[one, chosen], v[one, chosen]) for i, chosen in enumerate(of_images)])
+        for one, of_images in ((slice(place, place + 1), reads[place]) for place in range(len(reads)))
+    ]
+    return torch.stack(found)
+
+
+def as_reads(keep: Tensor) -> Reads:
+    """Which images are read, of (sets, images, images - 1) bool; whatever it says of an image's own and later ones."""
+    return [[_as_slice([j for j in range(i) if row[j]]) for i, row in enumerate(rows)] for rows in keep.tolist()]
+
+
+def _as_slice(places: list[int]) -> slice | list[int]:
+    """Places that lie beside each other as a slice, whose keys and values are not copied."""
+    first = places[0] if places else 0
+    return slice(first, first + len(places)) if places == list(range(first, first + len(places))) else places
 
 
 TRAINING_ATTENTIONS: dict[str, Callable[..., Tensor]] = {"prefix": prefix_attention, "flex": flex_prefix_attention}
 """Ways to compute the same in a training pass: the loop over prefixes is the reference."""
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """What so many rows read that have no image to read: zeros, which need not be computed with."""
+
+    rows: int
 
 
 class Reading(Protocol):
@@ -94,8 +106,17 @@ class Reading(Protocol):
         """E(c) for every row of the batch, (rows, width), or None where there is no condition."""
         ...
 
-    def attend(self, attention: "ImageSetAttention", hidden: Tensor) -> Tensor:
-        """The attention's result before `to_out`: (rows, tokens, width) -> (rows, tokens, inner width)."""
+    def attend(self, attention: "ImageSetAttention", hidden: Tensor) -> Sequence[Tensor | Nothing]:
+        """The result before `to_out`: (rows, tokens, width) -> parts of it, (some rows, tokens, inner width)."""
+        ...
+
+    @property
+    def copies(self) -> int:
+        """How many equal parts the batch has before the first attention."""
+        ...
+
+    def going_on(self, hidden: Tensor) -> Tensor:
+        """The rows, the last ones, that something is read of after the last attention: (rows, ...) -> (fewer, ...)."""
         ...
 
 
@@ -155,9 +176,16 @@ class ImageSetAttention(nn.Module):
         if shift is not None:
             shift = shift[:, None].to(hidden_states.dtype)
             hidden_states = hidden_states + shift
-        out = self.to_out[0](reading.attend(self, hidden_states))
+        out = torch.cat([self._out(part, hidden_states) for part in reading.attend(self, hidden_states)])
         out = self.to_out[1](out)
         return out if shift is None else out + shift
+
+    def _out(self, read: "Tensor | Nothing", hidden: Tensor) -> Tensor:
+        if isinstance(read, Tensor):
+            return self.to_out[0](read)
+        # the layer's bias: what it makes of a zero is the same for all tokens
+        of_zero = self.to_out[0](hidden.new_zeros(1, 1, self.to_q.out_features))
+        return of_zero.expand(read.rows, hidden.shape[1], -1)
 
     def _split(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (self.heads, -1))
@@ -166,6 +194,10 @@ class ImageSetAttention(nn.Module):
 @dataclass(frozen=True)
 class _Conditioned:
     shifts: Sequence[Tensor] | None = field(default=None, kw_only=True)
+
+    @property
+    def copies(self) -> int:
+        return 1
 
     def shift(self, layer: int) -> Tensor | None:
         return None if self.shifts is None else self.shifts[layer]
@@ -185,10 +217,11 @@ class WholeSets(_Conditioned):
     sets: int
     images: int
     features: Tensor | None = None  # M2M-DINO: (sets, images - 1, tokens, feature width), E_c(c) already added
-    keep: Tensor | None = None  # (sets, images), or (sets, images, images - 1): which preceding images each reads
+    keep: Tensor | None = None  # (sets, images)
+    reads: Reads | None = None  # in the place of `keep` and all images before
     attention: str = "prefix"  # of TRAINING_ATTENTIONS
 
-    def attend(self, attention: ImageSetAttention, hidden: Tensor) -> Tensor:
+    def attend(self, attention: ImageSetAttention, hidden: Tensor) -> Sequence[Tensor | Nothing]:
         own = self.images - 1
         if self.features is None:
             clean, noisy = hidden.split([self.sets * own, self.sets * self.images])
@@ -197,14 +230,14 @@ class WholeSets(_Conditioned):
             clean, noisy = hidden[:0], hidden
             k, v = attention.keys_and_values(self.features.to(hidden.dtype))
         q = attention.queries(noisy.unflatten(0, (self.sets, self.images)))
-        if self.keep is not None and self.keep.ndim == 3:
-            read = chosen_attention(q, k, v, self.keep)
+        if self.reads is not None:
+            read = chosen_attention(q, k, v, self.reads)
         else:
             read = TRAINING_ATTENTIONS[self.attention](q, k, v, self.keep)
-        read = read.flatten(0, 1).flatten(2)
-        if self.features is not None:
-            return read
-        return torch.cat([read.new_zeros(*clean.shape[:-1], read.shape[-1]), read])
+        return [Nothing(len(clean)), read.flatten(0, 1).flatten(2)]
+
+    def going_on(self, hidden: Tensor) -> Tensor:
+        return hidden[hidden.shape[0] - self.sets * self.images :]
 
 
 @dataclass(frozen=True)
@@ -215,9 +248,12 @@ class Recording(_Conditioned):
     images: int
     _found: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
 
-    def attend(self, attention: ImageSetAttention, hidden: Tensor) -> Tensor:
+    def attend(self, attention: ImageSetAttention, hidden: Tensor) -> Sequence[Tensor | Nothing]:
         self._found[attention.layer] = attention.keys_and_values(hidden.unflatten(0, (self.sets, self.images)))
-        return hidden.new_zeros(*hidden.shape[:-1], attention.to_q.out_features)
+        return [Nothing(len(hidden))]
+
+    def going_on(self, hidden: Tensor) -> Tensor:
+        return hidden[:0]
 
     def context(self) -> Context:
         layers = [self._found[layer] for layer in sorted(self._found)]
@@ -226,17 +262,24 @@ class Recording(_Conditioned):
 
 @dataclass(frozen=True)
 class FromContexts(_Conditioned):
-    """A denoising pass: equal parts of the batch each read a context of their own, or none."""
+    """A denoising pass: equal parts of the batch, the same noisy images, each read a context of their own, or none."""
 
     contexts: Sequence[KeptContext | None]
 
-    def attend(self, attention: ImageSetAttention, hidden: Tensor) -> Tensor:
+    @property
+    def copies(self) -> int:
+        return len(self.contexts)
+
+    def attend(self, attention: ImageSetAttention, hidden: Tensor) -> Sequence[Tensor | Nothing]:
         parts = hidden.chunk(len(self.contexts))
-        return torch.cat([self._read(attention, part, context) for part, context in zip(parts, self.contexts)])
+        return [self._read(attention, part, context) for part, context in zip(parts, self.contexts)]
+
+    def going_on(self, hidden: Tensor) -> Tensor:
+        return hidden
 
     @staticmethod
-    def _read(attention: ImageSetAttention, hidden: Tensor, context: KeptContext | None) -> Tensor:
+    def _read(attention: ImageSetAttention, hidden: Tensor, context: KeptContext | None) -> Tensor | Nothing:
         if context is None:
-            return hidden.new_zeros(*hidden.shape[:-1], attention.to_q.out_features)
+            return Nothing(len(hidden))
         k, v = context.layer(attention.layer)
         return set_attention(attention.queries(hidden), k, v).flatten(2)

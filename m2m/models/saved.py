@@ -1,16 +1,17 @@
 """Saved models are read strictly: every setting known, every tensor there, of the right shape, and no other.
 
-Belongs here: the format of a saved U-Net's folder, tensors in safetensors files. Not here: whole pipelines
-(`m2m.pipelines.saved_pipeline`).
+Belongs here: the format of a saved U-Net's folder, saving and loading it, tensors in safetensors files. Not here:
+whole pipelines (`m2m.pipelines.saved_pipeline`).
 """
 
 import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from diffusers import ModelMixin
 from safetensors import safe_open
 from torch import nn
 
@@ -21,6 +22,44 @@ FORMAT_VERSION = 1
 _CONFIG = "config.json"
 _ALIGNMENT = 64  # bytes; of everything that torch allocates on the CPU
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+class SavedStrictly(ModelMixin):
+    """A diffusers model whose folder is read strictly, and written in the place of what an earlier save left."""
+
+    config_name = _CONFIG
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:  # type: ignore[override]
+        """Load a saved model, strictly.
+
+        Raises:
+            ConfigError: the config has an unknown or a missing setting, or another format.
+            InputError: a tensor is missing, left over, or has another shape; or there are no safetensors.
+        """
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if folder.is_dir():
+            check_saved_unet(cls, folder)
+        kwargs["use_safetensors"] = True  # pickles can run code
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if isinstance(loaded, cls):  # not where output_loading_info is asked for
+            realigned(loaded)
+        return loaded
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, *, max_shard_size: int | str = "10GB", **kwargs: Any
+    ) -> None:
+        """diffusers' own, in the place of what an earlier save left.
+
+        A pipeline passes on what it finds in this signature: the size of shards, and always safetensors.
+        """
+        remove_weights(Path(save_directory))
+        super().save_pretrained(save_directory, max_shard_size=max_shard_size, **kwargs)
+
+    @staticmethod
+    def _get_init_keys(input_class: type) -> set[str]:
+        # a signature that ends in **unet: diffusers reads settings off signatures
+        return config_keys(input_class) | {"self"}
 
 
 def config_keys(model: type) -> set[str]:

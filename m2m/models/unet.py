@@ -5,7 +5,6 @@ model. Not here: the attention itself (`image_set_attention`), strict reading of
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,10 +24,12 @@ from m2m.models.image_set_attention import (
     Reading,
     Recording,
     WholeSets,
+    as_reads,
 )
 from m2m.models.int8_context import KeptContext
 from m2m.models.origin import Origin, many_to_many_config, model_from, new_model
-from m2m.models.saved import FORMAT_VERSION, check_saved_unet, config_keys, realigned, remove_weights
+from m2m.models.saved import FORMAT_VERSION, SavedStrictly, config_keys
+from m2m.models.spared_rows import spare_rows
 
 VARIANTS = {"self": "M2M-Self", "dino": "M2M-DINO"}
 Variant = Literal["self", "dino"]
@@ -51,14 +52,12 @@ _PLAIN = {
 }
 
 
-class ManyToManyUNet(UNet2DConditionModel):
+class ManyToManyUNet(SavedStrictly, UNet2DConditionModel):
     """Predicts the noise of an image from the images before it in its set.
 
     M2M-Self (section 5.1) reads hidden states that the same U-Net computes of clean images; M2M-DINO (section 5.2)
     reads DINOv2 features. `forward` is `training_forward`, so that wrappers (DDP, autocast) see the training pass.
     """
-
-    config_name = "config.json"
 
     def __init__(
         self,
@@ -110,6 +109,7 @@ class ManyToManyUNet(UNet2DConditionModel):
                 setattr(module, "attn2", layers[-1])  # noqa: B010 (declared as an Attention there)
         if not layers:
             raise ConfigError("the U-Net has no cross-attention block to put Image-Set Attention into")
+        spare_rows(self)
         # a tuple, so that the layers are not registered a second time
         self._image_set_layers: tuple[ImageSetAttention, ...] = tuple(layers)
         if condition is not None:
@@ -182,6 +182,9 @@ class ManyToManyUNet(UNet2DConditionModel):
         keep = keep_context
         if keep is not None and keep.ndim == 1:
             keep = keep[:, None].expand(sets, images)
+        reads = None
+        if keep is not None and keep.ndim == 3:
+            keep, reads = None, as_reads(keep)
         rows, times = noisy.flatten(0, 1), timesteps.to(noisy.device).flatten()
         if self.variant == "self":
             if keep is not None and self.config["dropped_context"] == "zeroed":
@@ -204,6 +207,7 @@ class ManyToManyUNet(UNet2DConditionModel):
             images,
             features=read if self.variant == "dino" else None,
             keep=keep,
+            reads=reads,
             attention=self._training_attention,
             shifts=shifts,
         )
@@ -212,14 +216,19 @@ class ManyToManyUNet(UNet2DConditionModel):
 
     @apply_forward_hook
     def encode_context(
-        self, images: Tensor, condition: Tensor | None = None, timestep: int | Tensor | None = None
+        self,
+        images: Tensor,
+        condition: Tensor | None = None,
+        timestep: int | Tensor | None = None,
+        clean_timestep: int | None = None,
     ) -> Context:
         """Keys and values of clean images, whatever stands before or after them.
 
         Args:
             images: M2M-Self: latents (sets, W, C, h, w); M2M-DINO: features (sets, W, tokens, feature width).
             condition: (sets, W, numbers).
-            timestep: the noisy images' one, needed by M2M-Self where `clean_timestep` is None.
+            timestep: the noisy images' one, needed by M2M-Self where the model's `clean_timestep` is None.
+            clean_timestep: M2M-Self: in place of the model's, for noised images.
         """
         sets, count = images.shape[:2]
         flat = None if condition is None else self._checked(condition, sets, count).flatten(0, 1)
@@ -230,7 +239,7 @@ class ManyToManyUNet(UNet2DConditionModel):
             pairs = [layer.keys_and_values(features) for layer in self._image_set_layers]
             return Context(keys=tuple(k for k, _ in pairs), values=tuple(v for _, v in pairs))
         clean = self._what_is_read(images, None, sets, count)
-        fixed = self.config["clean_timestep"]
+        fixed = self.config["clean_timestep"] if clean_timestep is None else clean_timestep
         if fixed is None and timestep is None:
             raise InputError("this M2M-Self gives clean images the timestep of the noisy ones: encode_context needs it")
         times = torch.as_tensor(timestep if fixed is None else fixed, device=clean.device)
@@ -325,38 +334,6 @@ class ManyToManyUNet(UNet2DConditionModel):
             )
         config = {key: value for key, value in self.config.items() if key in config_keys(type(self))}
         return model_from(type(self), config | {"condition": condition}, self.state_dict(), (), seed)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "ManyToManyUNet":  # type: ignore[override]
-        """Load a saved U-Net, strictly.
-
-        Raises:
-            ConfigError: the config has an unknown or a missing setting, or another format.
-            InputError: a tensor is missing, left over, or has another shape; or there are no safetensors.
-        """
-        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        if folder.is_dir():
-            check_saved_unet(cls, folder)
-        kwargs["use_safetensors"] = True  # pickles can run code
-        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if isinstance(loaded, ManyToManyUNet):  # not where output_loading_info is asked for
-            realigned(loaded)
-        return loaded  # type: ignore[return-value]
-
-    def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, *, max_shard_size: int | str = "10GB", **kwargs: Any
-    ) -> None:
-        """diffusers' own, in the place of what an earlier save left.
-
-        A pipeline passes on what it finds in this signature: the size of shards, and always safetensors.
-        """
-        remove_weights(Path(save_directory))
-        super().save_pretrained(save_directory, max_shard_size=max_shard_size, **kwargs)
-
-    @staticmethod
-    def _get_init_keys(input_class: type) -> set[str]:
-        # our signature ends in **unet: diffusers reads settings off signatures
-        return config_keys(input_class) | {"self"}
 
     # --- inside -------------------------------------------------------------------------------------------------
 

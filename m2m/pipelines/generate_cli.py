@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context-window", type=int, help="read at most so many preceding images (W)")
     parser.add_argument("--context-sink", type=int, default=0, help="how many of them are always the first")
     parser.add_argument("--int8-context", action="store_true", help="halve the memory that preceding images hold")
+    parser.add_argument(
+        "--context-noise", type=int, default=0, help="read preceding images with the noise of this timestep (M2M-Self)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
@@ -69,6 +72,7 @@ def main(args: argparse.Namespace) -> None:
         context_window=args.context_window,
         context_sink=args.context_sink,
         int8_context=args.int8_context,
+        context_noise=args.context_noise,
         generator=torch.Generator("cpu").manual_seed(args.seed),
         **conditions,
     )

@@ -32,6 +32,7 @@ from m2m.pipelines.arguments import (
     paired_conditions,
     preceding_sets,
 )
+from m2m.pipelines.context_noise import noise_of_context
 from m2m.pipelines.guidance import Interval, guided_steps
 from m2m.pipelines.model_card import CardFacts, read_facts, write_card
 from m2m.pipelines.pictures import Pictures, as_output, as_sets
@@ -133,6 +134,8 @@ class ManyToManyPipeline(DiffusionPipeline):
         context_window: int | None = None,
         context_sink: int | None = None,
         int8_context: bool = False,
+        cache_context: bool = True,
+        context_noise: int = 0,
         height: int | None = None,
         width: int | None = None,
         generator: Generators = None,
@@ -162,6 +165,10 @@ class ManyToManyPipeline(DiffusionPipeline):
             context_sink: how many of them are always the first ones, so that a long rollout keeps real images in sight.
             int8_context: keep what was computed of preceding images in bytes: about half the memory of half precision,
                 for an error well below 1 % of a prediction (benchmarks/int8_context.py).
+            cache_context: False computes what the U-Net reads of preceding images anew at every step: the same
+                pictures, slower; less memory between steps.
+            context_noise: M2M-Self: preceding images, given and made, are read with the noise of this timestep, which
+                the clean stream is told: for models trained so. Drawn from `generator`, once for each image.
             height, width: of the images, in pixels.
             generator: one for all, or one for each set (then a set's images don't depend on the other sets).
             latents: initial noise, (sets, num_images, C, h, w), in place of `generator`.
@@ -220,6 +227,7 @@ class ManyToManyPipeline(DiffusionPipeline):
         with self.progress_bar(total=total) as progress:  # type: ignore[call-arg]
             for members in groups:
                 given = torch.stack([sets[member] for member in members])
+                own = [generator[m] for m in members] if isinstance(generator, list | tuple) else generator
                 rollout = Rollout(
                     noise=noise[members],
                     steps=num_inference_steps,
@@ -231,7 +239,9 @@ class ManyToManyPipeline(DiffusionPipeline):
                     window=window,
                     sink=sink,
                     int8=int8_context,
-                    generator=[generator[m] for m in members] if isinstance(generator, list | tuple) else generator,
+                    keep=cache_context,
+                    context_noise=noise_of_context(self.unet, self.scheduler, context_noise, own),
+                    generator=own,
                     decode=output_type != "latent",
                     tick=progress.update,
                     callback=step_end,

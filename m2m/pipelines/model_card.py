@@ -23,7 +23,7 @@ class CardFacts:
     """What a pipeline can't know of itself; unknown where None.
 
     Attributes:
-        initialised_from: a hub id, or a model's name.
+        initialised_from: a hub id, or a model's name; no path.
         label: for example "tiny" or "real": what the weights can be expected to be good for.
         licence: the hub's name of it (`mit`, `openrail++`, ...); weights inherit that of what they started from.
         notes: more for readers, Markdown.
@@ -47,7 +47,7 @@ def write_card(pipeline: Any, folder: Path) -> None:
         "library_name": "diffusers",
         "pipeline_tag": "image-to-image",
         "tags": ["many-to-many-image-generation", kind.lower(), *([condition] if condition else [])],
-        "base_model": source.partition("@")[0] if source and is_hub_id(source) else None,
+        "base_model": source.partition("@")[0] if source and is_hub_id(source) and " " not in source else None,
         _FACTS: {key: value for key, value in asdict(facts).items() if value is not None},
     }
     text = _TEXT.format(

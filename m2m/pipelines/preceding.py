@@ -11,6 +11,7 @@ from torch import Tensor
 from m2m.errors import InputError
 from m2m.models.int8_context import Int8Context, KeptContext
 from m2m.models.unet import ManyToManyUNet
+from m2m.pipelines.context_noise import ContextNoise
 
 
 class PrecedingImages:
@@ -24,6 +25,8 @@ class PrecedingImages:
         with_condition: bool = False,
         without_condition: bool = True,
         int8: bool = False,
+        keep: bool = True,
+        noise: ContextNoise | None = None,
     ) -> None:
         """
         Args:
@@ -31,9 +34,11 @@ class PrecedingImages:
             sink: how many of them are always the first ones; the others are the newest.
             with_condition, without_condition: which of the two contexts guidance will ask for.
             int8: keep contexts in bytes.
+            keep: contexts last for the images' life; else they are computed anew at every step.
+            noise: of what is read of images; None: none.
 
         Raises:
-            InputError: a window that can't hold its sink, or int8 for a model that keeps nothing from step to step.
+            InputError: a window that can't hold its sink, or int8 where nothing is kept from step to step.
         """
         if sink < 0 or (window is not None and window < sink):
             raise InputError(f"context_window={window} can't hold context_sink={sink} images")
@@ -43,13 +48,17 @@ class PrecedingImages:
         self._kinds = [kind for kind, wanted in ((True, with_condition), (False, without_condition)) if wanted]
         self._contexts: dict[bool, KeptContext] = {}
         # a model whose clean images share the noisy ones' timestep has nothing that lasts longer than a step
-        self._forgetful = unet.variant == "self" and unet.config["clean_timestep"] is None
+        shared = unet.variant == "self" and unet.config["clean_timestep"] is None
+        self._forgetful = shared or not keep
         if int8 and self._forgetful:
-            raise InputError(
-                "int8_context: this model's clean images share the timestep of the noisy ones (clean_timestep is "
-                "None), so that there is no context to keep from step to step"
+            why = (
+                "this model's clean images share the timestep of the noisy ones (clean_timestep is None)"
+                if shared
+                else "cache_context is off"
             )
-        self._int8 = int8
+            raise InputError(f"int8_context: {why}, so that there is no context to keep from step to step")
+        self._int8, self._noise = int8, noise
+        self._told = None if noise is None else noise.timestep
         self._clean: Tensor | None = None
         self._conditions: Tensor | None = None
 
@@ -64,13 +73,15 @@ class PrecedingImages:
             clean, condition = self._windowed(clean), None if condition is None else self._windowed(condition)
         if clean.shape[1] == 0 or self._recent == self._sink == 0:
             return
+        if self._noise is not None:
+            clean = self._noise.on(clean)
         if self._forgetful:
             self._clean = self._windowed(_joined(self._clean, clean))
             if condition is not None:
                 self._conditions = self._windowed(_joined(self._conditions, condition))
             return
         for kind in self._kinds:
-            newer = self._unet.encode_context(clean, condition if kind else None)
+            newer = self._unet.encode_context(clean, condition if kind else None, clean_timestep=self._told)
             if self._int8:
                 newer = Int8Context.of(newer)
             older: Any = self._contexts.get(kind)  # of the kind of `newer`
@@ -83,7 +94,7 @@ class PrecedingImages:
         """What targets read at a step: (with conditions, without); None where there is no image."""
         if self._forgetful and self._clean is not None:
             self._contexts = {
-                kind: self._unet.encode_context(self._clean, self._conditions if kind else None, timestep)
+                kind: self._unet.encode_context(self._clean, self._conditions if kind else None, timestep, self._told)
                 for kind in self._kinds
             }
         return self._contexts.get(True), self._contexts.get(False)

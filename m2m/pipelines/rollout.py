@@ -13,6 +13,7 @@ from torch import Tensor
 
 from m2m.models.autoencoder import decode_latents
 from m2m.pipelines.arguments import Generators
+from m2m.pipelines.context_noise import ContextNoise
 from m2m.pipelines.guidance import Interval, guided_predictions, guided_steps, weighted_sum
 from m2m.pipelines.preceding import PrecedingImages
 from m2m.pipelines.schedulers import step_arguments
@@ -32,6 +33,8 @@ class Rollout:
     window: int | None
     sink: int
     int8: bool
+    keep: bool
+    context_noise: ContextNoise | None
     generator: Generators
     decode: bool
     tick: Callable[[], Any]
@@ -54,6 +57,8 @@ class Rollout:
             with_condition=self.target is not None,
             without_condition=self.target is None or three,
             int8=self.int8,
+            keep=self.keep,
+            noise=self.context_noise,
         )
         memory.add(clean, self.condition)
         latents, pictures = [], []

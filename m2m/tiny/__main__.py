@@ -45,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     m2m.add_argument("variant", choices=("self", "dino"))
     m2m.add_argument("--steps", type=int, default=1000)
     m2m.add_argument("--sets", type=int, default=3000)
+    m2m.add_argument("--timesteps", choices=("uniform", "shifted"), default="uniform", help="shifted: to high noise")
+    m2m.add_argument("--seed", type=int, default=0)
     m2m.add_argument("--out", type=Path, default=WEIGHTS)
     m2m.add_argument("--threads", type=int, default=2)
     m2m.set_defaults(run=_m2m)
@@ -96,7 +98,7 @@ def _train(arguments: argparse.Namespace) -> None:
 def _m2m(arguments: argparse.Namespace) -> None:
     from m2m.tiny.many_to_many import train_many_to_many
 
-    given = {name: getattr(arguments, name) for name in ("steps", "sets", "threads")}
+    given = {name: getattr(arguments, name) for name in ("steps", "sets", "timesteps", "threads", "seed")}
     print(train_many_to_many(arguments.variant, arguments.out, **given))
 
 

@@ -25,8 +25,10 @@ from m2m.training.loop import train
 from m2m.training.objective import Objective, SetLoss
 from m2m.training.settings import TrainingSettings
 from m2m.training.starting import fresh_unet
+from m2m.training.timesteps import TimestepSampling
 
 Variant = Literal["self", "dino"]
+Timesteps = Literal["uniform", "shifted"]
 IMAGES_PER_SET = 5
 SHARED = 0.7  # how often an attribute is the same in all pictures of a set
 
@@ -69,13 +71,20 @@ def drawn_sets(pipeline: ManyToManyPipeline, count: int, seed: int) -> DrawnSets
 
 
 def train_many_to_many(
-    variant: Variant, weights: Path, steps: int = 1000, sets: int = 3000, threads: int = 2, seed: int = 0
+    variant: Variant,
+    weights: Path,
+    steps: int = 1000,
+    sets: int = 3000,
+    timesteps: Timesteps = "uniform",
+    threads: int = 2,
+    seed: int = 0,
 ) -> Path:
     """Train M2M from the tiny text-to-image weights and ship its averaged U-Net to `weights/m2m-<variant>`.
 
-    Goes on from the newest checkpoint in `outputs/tiny-models/m2m-<variant>`.
+    Goes on from the newest checkpoint in `outputs/tiny-models/m2m-<variant>[-seed]`. More steps or other `timesteps`
+    than it was begun with are taken up: what is learned of preceding images is learned at high noise.
     """
-    name = f"m2m-{variant}"
+    name = f"m2m-{variant}" + (f"-{seed}" if seed else "")
     source, work = str(weights / "stable-diffusion"), OUTPUTS / name
     work.mkdir(parents=True, exist_ok=True)
     settings = TrainingSettings.model_validate(
@@ -89,6 +98,7 @@ def train_many_to_many(
             "warmup_steps": 30,
             "ema_decay": 0.99,
             "checkpoint_every": 100,
+            "timestep_sampling": timesteps,
             "seed": seed,
             "compute": Compute(threads=threads, dtype="bfloat16"),
         }
@@ -104,6 +114,7 @@ def train_many_to_many(
         settings.timesteps,
         settings.context_dropout,
         num_train_timesteps=scheduler.config["num_train_timesteps"],
+        sampling=TimestepSampling(timesteps, settings.timestep_shift),
     )
     data, belongs_to = drawn_sets(pipeline, sets, seed), f"{variant}-{sets}-{seed}"
     train(
@@ -119,7 +130,7 @@ def train_many_to_many(
     )
     out = weights / name
     unet.half().save_pretrained(out / "unet")
-    command = f"python -m m2m.tiny m2m {variant} --steps {steps} --sets {sets}"
+    command = f"python -m m2m.tiny m2m {variant} --steps {steps} --sets {sets} --timesteps {timesteps} --seed {seed}"
     (out / "made_by.json").write_text(json.dumps({"command": command}) + "\n")
     shutil.copyfile(work / "training_log.jsonl", out / "training_log.jsonl")
     return out

@@ -17,13 +17,21 @@ from m2m.data.vgsi import Procedures
 from m2m.models.autoencoder import pixels_per_latent
 from m2m.models.unet import VARIANTS, ManyToManyUNet
 from m2m.pipelines.many_to_many import ManyToManyPipeline
+from m2m.pipelines.model_card import CardFacts
 from m2m.progress import Progress
 from m2m.stage_run import StageRun
 from m2m.training.course import SamplePicture, Sets, objective_of, start_accelerator, take
 from m2m.training.encoding import Encoding
 from m2m.training.lora import add_lora, require_peft
 from m2m.training.settings import TrainingSettings
-from m2m.training.starting import check_start, feature_width, origin, parameter_count, unet_config
+from m2m.training.starting import (
+    check_start,
+    feature_width,
+    initialised_from,
+    origin,
+    parameter_count,
+    unet_config,
+)
 from m2m.training.task_sets import NovelViews, Task, TaskSets, VisualProcedures
 
 CONDITIONS = {"nvs": "camera", "vgsi": "position"}
@@ -115,6 +123,7 @@ def finetune(config: Finetune, run: StageRun) -> None:
     variant, base = str(run.stage.variant), run.inputs["base"]
     accelerator = start_accelerator(config, run)
     pipeline = conditioned_pipeline(base, CONDITIONS[variant], config.seed)
+    pipeline.card = CardFacts(initialised_from(str(base), base, run.profile.root), run.profile.label or None)
     if config.lora_rank is not None:
         add_lora(pipeline.unet, config.lora_rank, config.lora_alpha, config.seed)
     pipeline.to(accelerator.device)

@@ -17,6 +17,7 @@ from m2m.models.sd21 import DINOV2_GIANT, STABLE_DIFFUSION_2_1_BASE
 from m2m.models.text_to_image import load_ddim, load_dino, load_vae
 from m2m.models.unet import VARIANTS, ManyToManyUNet
 from m2m.pipelines.many_to_many import ManyToManyPipeline
+from m2m.pipelines.model_card import CardFacts
 from m2m.stage_run import StageRun
 from m2m.training.course import SamplePicture, Sets, objective_of, start_accelerator, take
 from m2m.training.encoding import Encoding
@@ -26,6 +27,7 @@ from m2m.training.starting import (
     continued_unet,
     feature_width,
     fresh_unet,
+    initialised_from,
     local_or_hub_folder,
     origin,
     parameter_count,
@@ -122,7 +124,7 @@ def pretrain(config: Pretrain, run: StageRun) -> None:
     """
     variant, root = str(run.stage.variant), run.profile.root
     accelerator = start_accelerator(config, run)
-    pipeline, started_from = _starting_pipeline(config, variant, root)
+    pipeline, started_from = _starting_pipeline(config, variant, root, run.profile.label or None)
     pipeline.to(accelerator.device)
     cached = variant == "dino" and config.features == "cache"
     training = MisSets(
@@ -180,17 +182,17 @@ class MisSets:
         return item
 
 
-def _starting_pipeline(config: Pretrain, variant: str, root: Path) -> tuple[ManyToManyPipeline, str]:
+def _starting_pipeline(config: Pretrain, variant: str, root: Path, label: str | None) -> tuple[ManyToManyPipeline, str]:
     """The pipeline with its first weights, and where they come from."""
     dino = load_dino(config.dino, root) if variant == "dino" else None
     width = None if dino is None else dino.config.hidden_size
     if config.init_from is None:
         unet = fresh_unet(config.text_to_image, root, variant, width, config.seed, config.own_unet_settings())
-        started_from = origin(config.text_to_image, resolve(config.text_to_image, root), root)
+        source = config.text_to_image, resolve(config.text_to_image, root)
     else:
         folder = local_or_hub_folder(config.init_from, root)
         unet = continued_unet(folder, variant, width, config.own_unet_settings())
-        started_from = origin(config.init_from, folder, root)
+        source = config.init_from, folder
     pipeline = ManyToManyPipeline(
         vae=load_vae(config.text_to_image, root),
         unet=unet,
@@ -198,7 +200,8 @@ def _starting_pipeline(config: Pretrain, variant: str, root: Path) -> tuple[Many
         image_encoder=dino,
         feature_size=config.feature_size,
     )
-    return pipeline, started_from
+    pipeline.card = CardFacts(initialised_from(*source, root), label)
+    return pipeline, origin(*source, root)
 
 
 def _held_out(config: Pretrain, sets: Path) -> "MisSets | None":

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from m2m.artifacts import read_manifest, read_summary
-from m2m.config import is_hub_id, resolve
+from m2m.config import is_hub_id, resolve, source_digest
 from m2m.errors import ArtifactError, ConfigError, InputError
 from m2m.models.saved import read_json
 from m2m.models.sd21 import DINOV2_GIANT, DINOV2_GIANT_WIDTH, SD21_BASE_UNET, STABLE_DIFFUSION_2_1_BASE
@@ -81,10 +81,31 @@ def origin(source: str, folder: Path, root: Path) -> str:
         said = f"{name}, made by: python -m m2m {command}{f' --variant {variant}' if variant else ''}"
         earlier = _read_figures(folder).get("started_from")
         return f"{said}, started from: {earlier}" if earlier else said
+    command = _made_by(folder)
+    return f"{name}, made by: {command}" if command else name
+
+
+def initialised_from(source: str, folder: Path, root: Path) -> str:
+    """A model source as a model card names it: by what it is, the same on every machine and wherever it lies.
+
+    A hub id as it is; this project's outputs by stage and manifest; other folders by their content, with the command of
+    `made_by.json` where there is one.
+    """
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        return f"{manifest.stage} (manifest {manifest.digest[:12]})"
+    if is_hub_id(source) and not resolve(source, root).is_dir():
+        return source
+    command = _made_by(folder)
+    said = f"made by: {command}" if command else "a local folder"
+    return f"{said} (content {source_digest(folder, root)[:12]})"
+
+
+def _made_by(folder: Path) -> str | None:
     try:
-        return f"{name}, made by: {json.loads((folder / 'made_by.json').read_bytes())['command']}"
+        return str(json.loads((folder / "made_by.json").read_bytes())["command"])
     except (OSError, ValueError, KeyError, TypeError):
-        return name
+        return None
 
 
 def _read_figures(folder: Path) -> Mapping[str, Any]:

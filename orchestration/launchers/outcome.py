@@ -71,6 +71,28 @@ def results(
     raise dg.Failure(why, metadata={**told, "exit_code": exit_code, "last_lines": log}, allow_retries=False)
 
 
+def last_of_each(
+    reported: Sequence[dg.MaterializeResult | dg.AssetCheckResult],
+) -> list[dg.MaterializeResult | dg.AssetCheckResult]:
+    """One result an asset and a check, of the many that the tasks of an array or a requeued job report.
+
+    A broken promise counts before a kept one, the whole output before some of its shards, else the latest.
+    """
+    best: dict[object, dg.MaterializeResult | dg.AssetCheckResult] = {}
+    for result in reported:
+        if isinstance(result, dg.AssetCheckResult):
+            key, known = (result.asset_key, result.check_name), best.get((result.asset_key, result.check_name))
+            if isinstance(known, dg.AssetCheckResult) and _weight(known) > _weight(result):
+                continue
+            best[key] = result
+        else:
+            known = best.get(result.asset_key)
+            if known and "not_whole_yet" in (result.metadata or {}) and "not_whole_yet" not in (known.metadata or {}):
+                continue
+            best[result.asset_key] = result
+    return list(best.values())
+
+
 def _materialization(
     context: dg.AssetExecutionContext, result: dg.MaterializeResult, told: dict[str, dg.MetadataValue]
 ) -> Iterator[dg.MaterializeResult]:
@@ -99,3 +121,9 @@ def _why(stage: Stage, exit_code: int, last_lines: Sequence[str]) -> str:
     said = errors[-1].strip() if len(errors) > 1 else next((line for line in reversed(last_lines) if line.strip()), "")
     said = said.removeprefix(f"{stage.key}: ")
     return f"{stage.key} failed: {said or f'exit code {exit_code}, nothing said'}"
+
+
+def _weight(check: dg.AssetCheckResult) -> int:
+    if not check.passed:
+        return 2 if check.severity == dg.AssetCheckSeverity.ERROR else 0  # a warning: not all shards are there yet
+    return 1

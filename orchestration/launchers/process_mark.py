@@ -17,6 +17,8 @@ def this_process() -> str:
 
 def is_lost(mark: str) -> bool:
     """Whether the marked process is known to be gone; of another machine's, nothing is known."""
+    if mark.count("/") < 2:  # a run that has not got so far yet
+        return False
     host, pid, started = mark.rsplit("/", 2)
     if host != socket.gethostname() or started == "None":
         return False

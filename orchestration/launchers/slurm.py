@@ -1,8 +1,8 @@
 """Stages as jobs of a Slurm cluster that shares a file system with Dagster.
 
 Belongs here: following a launch from sbatch to its end, taking up one that an earlier run left, ending what nobody
-follows. Not here: Slurm's commands (`slurm_jobs`), the batch script (`slurm_script`), what an end means to Dagster
-(`outcome`).
+follows. Not here: Slurm's commands (`slurm_jobs`), the batch script (`slurm_script`), how a job is known
+(`slurm_mark`), what its end means (`slurm_outcome`).
 
 A job is known by what Slurm itself keeps of it: its name is the output that it makes, its comment the run that launched
 it and a digest of its commands. So nothing that Dagster's process forgets by dying can start a job twice.
@@ -15,10 +15,8 @@ import math
 import re
 import shutil
 import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import dagster as dg
@@ -28,23 +26,19 @@ from pydantic import Field
 
 from assets_defs.launching import Launch, Results
 from assets_defs.profile import PROFILE
-from m2m.cli import EXIT_CALL_AGAIN
 from m2m.config import Resources, project_root
 from m2m.stages import Stage, resources
 from orchestration.launchers import slurm_jobs
+from orchestration.launchers.job_logs import passed_on
 from orchestration.launchers.messages import MessageFiles
-from orchestration.launchers.outcome import results, stage_arguments
+from orchestration.launchers.outcome import MAX_RETRIES, last_of_each, results, stage_arguments
 from orchestration.launchers.process_mark import RUN_TAG, is_lost, this_process
 from orchestration.launchers.slurm_jobs import NoAnswer, Refused, Task
+from orchestration.launchers.slurm_mark import JOB_TAG, Mark, followed, over
+from orchestration.launchers.slurm_outcome import counted, end_of
 from orchestration.launchers.slurm_script import JobFolder, arguments, processes_a_node, script
-from orchestration.launchers.tail import Tail
 
-JOB_TAG = "m2m/slurm_job"
-_LINES_KEPT = 40
 _FIRST_POLL = 0.2  # seconds; grows to `poll_seconds`
-_SIGTERM = -15
-_TOO_LARGE = re.compile(r"slurmstepd.*(exceeded .*memory|oom.?kill)", re.IGNORECASE)  # where it is no state of its own
-_GOING = [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.CANCELING]
 
 
 class SlurmLauncher(dg.ConfigurableResource):
@@ -77,7 +71,8 @@ class SlurmLauncher(dg.ConfigurableResource):
         wanted = self._launch(context, stage, launch, shards)
         context.instance.add_run_tags(context.run.run_id, {RUN_TAG: this_process()})
         found = self._left_by_an_earlier_run(context, wanted)
-        folder = found.folder if found else _folder(_new_folder_name(context))
+        mark = found.mark if found else wanted.mark
+        folder = JobFolder(PROFILE.outputs.resolve() / "jobs" / mark.folder)
         folder.path.mkdir(parents=True, exist_ok=True)
         numbers = range(len(wanted.commands))
         messages = MessageFiles([folder.messages(task) for task in numbers])
@@ -88,7 +83,7 @@ class SlurmLauncher(dg.ConfigurableResource):
                 context_injector=PipesFileContextInjector(str(folder.context)),
                 message_reader=messages,
             ) as session,
-            _logs(folder, len(numbers)) as last_lines,
+            passed_on([(folder.out(task), folder.err(task)) for task in numbers]) as last_lines,
         ):
             try:
                 if found is None:
@@ -97,20 +92,20 @@ class SlurmLauncher(dg.ConfigurableResource):
                     job = self._submit(context, wanted, folder, asked, environment)
                 else:
                     job = found.job
-                    context.log.info(f"job {job} of run {found.run} is still there: followed, not launched again")
+                    context.log.info(f"job {job} of run {mark.run} is still there: followed, not launched again")
                 context.instance.add_run_tags(context.run.run_id, {f"{JOB_TAG}/{_step(context)}": job})
-                ends = self._follow(context, job, messages)
+                ends = self._follow(context, job, mark, messages)
             except BaseException:
-                self._end(context, wanted, folder)
+                self._end(context, wanted.name, mark)
                 raise
-        code, why = _outcome(stage, asked, job, ends, last_lines)
+        code, why = end_of(stage, asked, job, ends, last_lines, folder.path)
         told = {
             "slurm_job": dg.MetadataValue.text(job),
             "slurm_files": dg.MetadataValue.path(str(folder.path)),
             "seconds": dg.MetadataValue.float(round(time.monotonic() - started, 1)),
         }
         said = list(last_lines)
-        yield from results(context, stage, _last_of_each(session.get_reported_results()), code, said, told, why=why)
+        yield from results(context, stage, last_of_each(session.get_reported_results()), code, said, told, why=why)
 
     def end_orphans(self, instance: dg.DagsterInstance) -> list[str]:
         """Cancel jobs whose run has been over for a while and that no run has taken up; returns their ids.
@@ -120,10 +115,10 @@ class SlurmLauncher(dg.ConfigurableResource):
         if not shutil.which("squeue"):
             return []
         try:
-            jobs = [(job.id, mark) for job in slurm_jobs.active() if (mark := _Mark.read(job.comment))]
-            taken_up = _followed(instance)
+            jobs = [(job.id, mark) for job in slurm_jobs.active() if (mark := Mark.read(job.comment))]
+            taken_up = followed(instance)
             orphans = [
-                job for job, mark in jobs if job not in taken_up and _over(instance, mark.run, self.orphan_seconds)
+                job for job, mark in jobs if job not in taken_up and over(instance, mark.run, self.orphan_seconds)
             ]
             if orphans:
                 slurm_jobs.cancel(orphans)
@@ -144,21 +139,21 @@ class SlurmLauncher(dg.ConfigurableResource):
         commands = [[*self.command, *stage_arguments(stage, PROFILE, launch, part)] for part in parts]
         output = stage.folder(PROFILE).resolve()
         name = f"m2m-{PROFILE.name}-{stage.key}-{_digest(str(output))}"
-        return _Wanted(name, commands, _Mark(context.run.run_id, _digest(json.dumps(commands))), stage.partitioned)
+        mark = Mark(context.run.run_id, _digest(json.dumps(commands)), _new_folder_name(context))
+        return _Wanted(name, commands, mark, stage.partitioned)
 
     def _left_by_an_earlier_run(self, context: dg.AssetExecutionContext, wanted: "_Wanted") -> "_Found | None":
         """A job that does what is wanted and that nobody follows any more."""
-        with _clear_refusals():
-            jobs = self._patiently(context, lambda: slurm_jobs.active(wanted.name))
-        followed = _followed(context.instance, except_run=context.run.run_id)
+        jobs = self._patiently(context, lambda: slurm_jobs.active(wanted.name))
+        busy = followed(context.instance, except_run=context.run.run_id)
         for job in jobs:
-            mark = _Mark.read(job.comment)
-            if not mark or mark.commands != wanted.mark.commands or job.id in followed:
+            mark = Mark.read(job.comment)
+            if not mark or mark.commands != wanted.mark.commands or job.id in busy:
                 continue
             run = context.instance.get_run_by_id(mark.run)
             mine = mark.run == context.run.run_id
             if mine or (run and (run.is_finished or is_lost(run.tags.get(RUN_TAG, "")))):
-                return _Found(job.id, mark.run, _folder(mark.folder))
+                return _Found(job.id, mark)
         return None
 
     def _submit(
@@ -173,10 +168,10 @@ class SlurmLauncher(dg.ConfigurableResource):
         text = script(folder, wanted.commands, environment, self.setup, processes * asked.nodes)
         folder.script.write_text(text)
         folder.script.chmod(0o700)
-        mark = _Mark(wanted.mark.run, wanted.mark.commands, folder.path.name)
+        mark = wanted.mark.written()
         given = [
             f"--job-name={wanted.name}",
-            f"--comment={mark.written()}",
+            f"--comment={mark}",
             # two runs of one output: the second waits in the queue, not on a GPU at the output's lock
             *([] if wanted.partitioned else ["--dependency=singleton"]),
             *arguments(
@@ -194,20 +189,25 @@ class SlurmLauncher(dg.ConfigurableResource):
 
         def try_once() -> str:
             # a try that got no answer may have been heard
-            heard = [job.id for job in slurm_jobs.active(wanted.name) if job.comment == mark.written()]
+            heard = [job.id for job in slurm_jobs.active(wanted.name) if job.comment == mark]
             return heard[0] if heard else slurm_jobs.submit(str(folder.script), given)
 
-        with _clear_refusals():
-            job = self._patiently(context, try_once)
+        job = self._patiently(context, try_once)
         context.log.info(f"job {job} submitted: {len(wanted.commands)} task(s); logs and script in {folder.path}")
         return job
 
     def _patiently(self, context: dg.AssetExecutionContext, ask):
-        """What `ask` returns, asked again while the scheduler does not answer."""
+        """What `ask` returns, asked again while the scheduler does not answer.
+
+        Raises:
+            dg.Failure: it does not answer in time, or refuses.
+        """
         deadline, wait = time.monotonic() + self.patience_seconds, 1.0
         while True:
             try:
                 return ask()
+            except Refused as error:
+                raise _failure(_refused(error)) from None
             except NoAnswer as error:
                 if time.monotonic() > deadline:
                     raise _failure(f"Slurm takes no job: {error}. Waited for {self.patience_seconds:.0f} s") from None
@@ -215,41 +215,45 @@ class SlurmLauncher(dg.ConfigurableResource):
                 time.sleep(wait)
                 wait = min(wait * 2, 30)
 
-    def _follow(self, context: dg.AssetExecutionContext, job: str, messages: MessageFiles) -> list[Task]:
+    def _follow(self, context: dg.AssetExecutionContext, job: str, mark: Mark, messages: MessageFiles) -> list[Task]:
         """Wait for the job's end, however long the scheduler itself is gone.
 
         Raises:
             dg.Failure: it waits for something that will not come.
+            dg.RetryRequested: its nodes could not start it.
         """
         wait, seen, hopeless = _FIRST_POLL, "", 0
         while True:
             try:
-                now = slurm_jobs.tasks(job)
+                now = slurm_jobs.tasks(job, mark.written())
             except NoAnswer as error:
                 now, said = None, f"job {job}: {error}; the job itself goes on"
             else:
-                said = f"job {job}: {_counted(now)}"
+                said = f"job {job}: {counted(now)}"
             if said != seen:
                 context.log.info(said)
                 seen, wait = said, _FIRST_POLL
             if now is not None:
                 if not any(task.active for task in now):
                     return now
-                never = {task.reason for task in now if task.state == "PENDING"} & slurm_jobs.NEVER_STARTS
+                waits_for = {task.reason for task in now if task.state == "PENDING"}
+                if held := waits_for & slurm_jobs.HELD_BACK:
+                    why = _failure(f"job {job} could not be started ({', '.join(held)}); another one is submitted")
+                    raise dg.RetryRequested(max_retries=MAX_RETRIES, seconds_to_wait=30) from why
+                never = waits_for & slurm_jobs.NEVER_STARTS
                 hopeless = hopeless + 1 if never else 0
                 if hopeless > 2:  # a reason may be a passing one while the job is being looked at
                     raise _failure(_will_not_start(f"job {job} would wait for ever ({', '.join(never)})"))
             time.sleep(_FIRST_POLL if messages.all_closed else wait)
             wait = min(wait * 1.3, self.poll_seconds)
 
-    def _end(self, context: dg.AssetExecutionContext, wanted: "_Wanted", folder: JobFolder) -> None:
+    def _end(self, context: dg.AssetExecutionContext, name: str, mark: Mark) -> None:
         """Cancel the launch and wait until it is gone; also where its id was not heard any more."""
         deadline = time.monotonic() + self.grace_seconds
         asked_at, killed = 0.0, False
         while True:
             with contextlib.suppress(NoAnswer, Refused):
-                marks = [(job.id, _Mark.read(job.comment)) for job in slurm_jobs.active(wanted.name)]
-                jobs = [job for job, mark in marks if mark and mark.folder == folder.path.name]
+                jobs = [job.id for job in slurm_jobs.active(name) if job.comment == mark.written()]
                 if not jobs:
                     return
                 late = time.monotonic() > deadline
@@ -264,111 +268,24 @@ class SlurmLauncher(dg.ConfigurableResource):
 
 
 @dataclass(frozen=True)
-class _Mark:
-    """What a job's comment says: who launched it, what it does, where its files lie."""
-
-    run: str
-    commands: str
-    folder: str = ""
-
-    def written(self) -> str:
-        return f"m2m:{self.run}:{self.commands}:{self.folder}"
-
-    @classmethod
-    def read(cls, comment: str) -> "_Mark | None":
-        first, *rest = comment.split(":")
-        return cls(*rest) if first == "m2m" and len(rest) == 3 else None
-
-
-@dataclass(frozen=True)
 class _Wanted:
     name: str
     commands: list[list[str]]
-    mark: _Mark
+    mark: Mark
     partitioned: bool
 
 
 @dataclass(frozen=True)
 class _Found:
     job: str
-    run: str
-    folder: JobFolder
+    mark: Mark
 
 
-def _outcome(
-    stage: Stage, asked: Resources, job: str, ends: Sequence[Task], last_lines: Iterable[str]
-) -> tuple[int, str | None]:
-    """The job's end as a command's: an exit code, and why where Slurm knows that better."""
-    own = [task for task in ends if not _goes_on(task) and task.state != "COMPLETED"]
-    if own:
-        end = own[0]
-        kept = "what is whole is kept"
-        too_large = end.exit_code == -9 and any(_TOO_LARGE.search(line) for line in last_lines)
-        match "OUT_OF_MEMORY" if too_large else end.state:
-            case "OUT_OF_MEMORY":
-                more = f"it asked for {asked.memory_gb:g} GB a node: raise {stage.command}.resources.memory_gb"
-                return -9, f"{stage.key} ran out of memory (job {job}); {more}"
-            case "CANCELLED":
-                return 1, f"{stage.key}: job {job} was cancelled on the cluster; {kept}"
-            case "FAILED":
-                return end.exit_code or 1, None
-        return end.exit_code or 1, f"{stage.key}: job {job} ended as {end.state} ({end.reason}); {kept}"
-    taken = [task for task in ends if _goes_on(task)]
-    if not taken:
-        return 0, None
-    said = "was asked to end" if taken[0].state == "FAILED" else f"ended as {taken[0].state}"
-    return EXIT_CALL_AGAIN, f"{stage.key}: job {job} {said}; it goes on from what is whole"
-
-
-def _goes_on(task: Task) -> bool:
-    """Whether the same command, called again, takes up the work: the cluster ended it, ahead of time or at it."""
-    asked_to_end = task.state == "FAILED" and task.exit_code in (EXIT_CALL_AGAIN, _SIGTERM)
-    return asked_to_end or task.state in slurm_jobs.TAKEN_AWAY
-
-
-def _last_of_each(
-    reported: Sequence[dg.MaterializeResult | dg.AssetCheckResult],
-) -> list[dg.MaterializeResult | dg.AssetCheckResult]:
-    """One result an asset and a check, of the many that the tasks of an array or a requeued job report.
-
-    A broken promise counts before a kept one, the whole output before some of its shards, else the latest.
-    """
-    best: dict[object, dg.MaterializeResult | dg.AssetCheckResult] = {}
-    for result in reported:
-        if isinstance(result, dg.AssetCheckResult):
-            key, known = (result.asset_key, result.check_name), best.get((result.asset_key, result.check_name))
-            if isinstance(known, dg.AssetCheckResult) and _weight(known) > _weight(result):
-                continue
-            best[key] = result
-        else:
-            known = best.get(result.asset_key)
-            if known and "not_whole_yet" in (result.metadata or {}) and "not_whole_yet" not in (known.metadata or {}):
-                continue
-            best[result.asset_key] = result
-    return list(best.values())
-
-
-def _weight(check: dg.AssetCheckResult) -> int:
-    if not check.passed:
-        return 2 if check.severity == dg.AssetCheckSeverity.ERROR else 0  # a warning: not all shards are there yet
-    return 1
-
-
-def _counted(tasks: Sequence[Task]) -> str:
-    if len(tasks) == 1:
-        (task,) = tasks
-        return f"{task.state} ({task.reason})" if task.reason not in ("", "None") else task.state
-    states = sorted(task.state for task in tasks)
-    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-
-
-@contextlib.contextmanager
-def _clear_refusals() -> Iterator[None]:
-    try:
-        yield
-    except Refused as error:
-        said = str(error).replace("sbatch: error: ", "").replace("\n", "; ")
-        raise _failure(_will_not_start(f"Slurm refuses the job: {said}")) from None
+def _refused(error: Refused) -> str:
+    said = re.sub(r"^\w+: (error|fatal): ", "", str(error), flags=re.MULTILINE).replace("\n", "; ")
+    if "configuration source" in said:
+        return f"no slurm.conf is found here: set SLURM_CONF, or run Dagster where jobs are submitted from ({said})"
+    return _will_not_start(f"Slurm refuses the job: {said}")
 
 
 def _will_not_start(why: str) -> str:
@@ -382,24 +299,6 @@ def _failure(why: str) -> dg.Failure:
     return dg.Failure(why, allow_retries=False)
 
 
-def _followed(instance: dg.DagsterInstance, except_run: str | None = None) -> set[str]:
-    """Jobs that a run with a living process follows."""
-    runs = instance.get_runs(dg.RunsFilter(statuses=_GOING))
-    alive = [run for run in runs if run.run_id != except_run and not is_lost(run.tags.get(RUN_TAG, ""))]
-    return {job for run in alive for tag, job in run.tags.items() if tag.startswith(JOB_TAG)}
-
-
-def _over(instance: dg.DagsterInstance, run_id: str, seconds: float) -> bool:
-    record = instance.get_run_record_by_id(run_id)
-    if record is None or not record.dagster_run.is_finished:
-        return False
-    return time.time() - (record.end_time or record.update_timestamp.timestamp()) > seconds
-
-
-def _folder(name: str) -> JobFolder:
-    return JobFolder(PROFILE.outputs.resolve() / "jobs" / name)
-
-
 def _new_folder_name(context: dg.AssetExecutionContext) -> str:
     step = context.op_execution_context
     return f"{time.strftime('%Y%m%dT%H%M%S')}-{context.run.run_id[:8]}-{_step(context)}-{step.retry_number}"
@@ -411,31 +310,3 @@ def _step(context: dg.AssetExecutionContext) -> str:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-@contextlib.contextmanager
-def _logs(folder: JobFolder, tasks: int) -> Iterator[deque[str]]:
-    """Pass what the job prints on to where Dagster collects it; yields the end of its stderr."""
-    kept: deque[str] = deque(maxlen=_LINES_KEPT)
-    over = threading.Event()
-    pairs = [(Tail(folder.out(task)), Tail(folder.err(task))) for task in range(tasks)]
-
-    def copy() -> None:
-        last = False
-        while not last:
-            last = over.wait(0.2 + 0.01 * tasks)
-            for out, err in pairs:
-                for tail, to in ((out, sys.stdout), (err, sys.stderr)):
-                    lines = tail.last_lines() if last else tail.lines()
-                    if tail is err:
-                        kept.extend(lines)
-                    to.writelines(f"{line}\n" for line in lines)
-                    to.flush()
-
-    thread = threading.Thread(target=copy, daemon=True)
-    thread.start()
-    try:
-        yield kept
-    finally:
-        over.set()
-        thread.join()

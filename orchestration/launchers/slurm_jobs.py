@@ -33,6 +33,8 @@ NEVER_STARTS = frozenset(
     }
 )
 """Why a job waits that would wait for ever."""
+HELD_BACK = frozenset({"launch_failed_requeued_held", "JobHoldMaxRequeue"})
+"""Why a job waits that its cluster could not start, until an administrator releases it; another one may start."""
 _MAY_PASS = ("unable to contact", "timed out", "temporarily", "job submit limit", "submission limit", "connect failure")
 _SECONDS = 60  # for one command; Slurm's own time-out is 10 s a try
 
@@ -76,14 +78,17 @@ def submit(script: str, arguments: Sequence[str]) -> str:
     return _call("sbatch", "--parsable", *arguments, script).split(";")[0]
 
 
-def tasks(job: str) -> list[Task]:
+def tasks(job: str, comment: str) -> list[Task]:
     """What became of a job, by task.
+
+    Args:
+        comment: the job's; another job of that id is not meant (a scheduler that lost its state counts anew).
 
     Raises:
         NoAnswer: the scheduler can't be reached.
     """
     try:
-        return list(_shown(_call("scontrol", "-o", "show", "job", job)))
+        return list(_shown(_call("scontrol", "-o", "show", "job", job), comment)) or [Task(UNKNOWN)]
     except Refused:  # forgotten some minutes after its end
         return list(_accounted(job)) or [Task(UNKNOWN)]
 
@@ -123,10 +128,10 @@ def what_there_is() -> str:
     return "\n".join(line.replace("(null)", "no GPUs") for line in lines)
 
 
-def _shown(text: str) -> Iterator[Task]:
+def _shown(text: str, comment: str) -> Iterator[Task]:
     for line in text.splitlines():
-        said = dict(re.findall(r"\b(JobState|ExitCode|Reason)=(\S+)", line))
-        if "JobState" in said:
+        said = dict(re.findall(r"\b(JobState|ExitCode|Reason|Comment)=(\S+)", line))
+        if "JobState" in said and said.get("Comment") == comment:
             yield Task(said["JobState"], said.get("Reason", ""), _exit_code(said.get("ExitCode", "0:0")))
 
 

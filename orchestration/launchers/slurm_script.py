@@ -15,6 +15,10 @@ from orchestration.launchers.messages import message_parameters
 
 _LEFT_TO_END = 0.5  # of the time limit: a short job is not asked to end as soon as it has begun
 
+# cpus: srun of Slurm 22.05 and newer does not ask for them by itself, and would bind each process to one core.
+# wait: processes that are asked to end leave together, each with its exit code; of one that died the others may wait
+# for ever.
+_SRUN = '--cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0 --wait=60'
 _MISSING = "it needs the environment that Dagster runs in at the same path, or set the launcher's command or setup"
 _ONE_OF_MANY = """
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
@@ -72,9 +76,11 @@ def script(
     ]
     if processes > 1:
         lines += [
-            'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-            "export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
-            f'exec srun --kill-on-bad-exit=0 bash -c {shlex.quote(_ONE_OF_MANY.strip())} m2m "$@"',
+            'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+            # where Slurm itself reaches the node, which need not be its name
+            "MASTER_ADDR=$(scontrol -o show node \"$first\" | sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')",
+            "export MASTER_ADDR=${MASTER_ADDR:-$first} MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
+            f'exec srun {_SRUN} bash -c {shlex.quote(_ONE_OF_MANY.strip())} m2m "$@"',
         ]
     else:
         lines.append('exec "$@"')

@@ -2,26 +2,31 @@
 # A real Slurm on one machine, on loopback: `nodes` nodes with eight pretended A100s each, for the tests marked `services`.
 # Everything lies in one folder (.services/slurm); nothing of the machine's own Slurm or munge is read or changed.
 #   services/slurm/up.sh [nodes]      then: export SLURM_CONF=.services/slurm/slurm.conf
+# Where it can't be had (not root, no Debian packages), it says why and exits with 77.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 root=${M2M_SERVICES:-$here/.services}/slurm
 nodes=${1:-1}
+port=${M2M_SLURM_PORT:-16817} # and one more for each node
 cpus=${SLURM_CPUS:-16} # of each node, pretended as well: nothing is pinned
 user=$(id -un)
 host=$(hostname -s)
 
-[ "$(id -u)" = 0 ] || { echo "Slurm's daemons start jobs and make device files: run this as root" >&2; exit 1; }
-if ! command -v slurmctld slurmd munged sbatch >/dev/null; then
+cannot() { echo "no Slurm here: $1" >&2; exit 77; }
+[ "$(id -u)" = 0 ] || cannot "its daemons start jobs and make device files; run this as root"
+there() { local name; for name in slurmctld slurmd sbatch munged; do command -v "$name" >/dev/null || return 1; done; }
+if ! there; then
+  command -v apt-get >/dev/null || cannot "it is taken from Debian's packages, and there is no apt-get"
   export DEBIAN_FRONTEND=noninteractive
-  apt-get install -y -qq --no-install-recommends slurm-wlm munge >/dev/null ||
-    { apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge >/dev/null; }
+  install() { apt-get install -y -qq --no-install-recommends slurm-wlm munge >/dev/null 2>&1; }
+  install || { apt-get update -qq >/dev/null 2>&1; install; } || cannot "apt-get can't install slurm-wlm and munge"
 fi
 "$(dirname "${BASH_SOURCE[0]}")/down.sh"
 
 mkdir -p "$root"/{state,log,run,dev,munge}
 chmod 755 "$root" "$root/munge"
 for i in {0..7}; do # a plain file leaves CUDA_VISIBLE_DEVICES empty; this is another /dev/null
-  [ -c "$root/dev/gpu$i" ] || mknod "$root/dev/gpu$i" c 1 3
+  [ -c "$root/dev/gpu$i" ] || mknod "$root/dev/gpu$i" c 1 3 || cannot "this machine lets nobody make device files"
 done
 [ -s "$root/munge/key" ] || (umask 077 && head -c 128 /dev/urandom >"$root/munge/key")
 munged --force --key-file="$root/munge/key" --socket="$root/munge/socket" --pid-file="$root/munge/pid" \
@@ -30,7 +35,7 @@ munged --force --key-file="$root/munge/key" --socket="$root/munge/socket" --pid-
 cat >"$root/slurm.conf" <<CONF
 ClusterName=m2mtest
 SlurmctldHost=$host(127.0.0.1)
-SlurmctldPort=16817
+SlurmctldPort=$port
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 SlurmUser=$user
 SlurmdUser=$user
@@ -65,13 +70,21 @@ JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmdParameters=config_overrides
+JobSubmitPlugins=lua
 CONF
+cat >"$root/job_submit.lua" <<'LUA' # accounts without a database of them: vision is one, and none need be named
+function slurm_job_submit(job, partitions, user)
+  if job.account ~= nil and job.account ~= "vision" then return 2045 end -- ESLURM_INVALID_ACCOUNT
+  return slurm.SUCCESS
+end
+function slurm_job_modify(job, record, partitions, user) return slurm.SUCCESS end
+LUA
 : >"$root/gres.conf"
 echo "AutoDetect=off" >>"$root/gres.conf"
 names=
 for n in $(seq "$nodes"); do
   names+=${names:+,}n$n
-  echo "NodeName=n$n NodeHostname=$host NodeAddr=127.0.0.1 Port=$((16817 + n)) CPUs=$cpus RealMemory=64000" \
+  echo "NodeName=n$n NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + n)) CPUs=$cpus RealMemory=64000" \
     "Gres=gpu:a100:8 State=UNKNOWN" >>"$root/slurm.conf"
   echo "NodeName=n$n Name=gpu Type=a100 File=$root/dev/gpu[0-7]" >>"$root/gres.conf"
 done

@@ -1,7 +1,14 @@
 """The caption filter: exact, nothing lost, no row out of place, splits that hold."""
 
 import errno
+import gzip
+import hashlib
 import html
+import importlib.util
+import json
+import os
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -13,7 +20,7 @@ from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from m2m.config import Profile
-from m2m.data import captions
+from m2m.data import captions, tokens
 from m2m.data.captions import (
     SPLITS,
     FilterCaptions,
@@ -157,6 +164,56 @@ def test_a_full_disk_leaves_no_table(tmp_path, monkeypatch):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_file_that_may_not_grow_leaves_nothing_half_written(tmp_path):
+    """A real limit of the system's, met by the whole command in a process of its own."""
+    lines = (f"u\t{i} {hashlib.sha256(str(i).encode()).hexdigest()[:40]}\n" for i in range(3000))
+    (tmp_path / "c.tsv").write_text("".join(lines))
+    (tmp_path / "small.yaml").write_text(json.dumps({"filter-captions": {"source": str(tmp_path / "c.tsv")}}))
+    limited = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); "
+        "from m2m.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", limited, "filter-captions", "--config", str(tmp_path / "small.yaml")],
+        env={**os.environ, "M2M_OUTPUTS": str(tmp_path / "out")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.count("error:") == 1 and "File too large" in done.stderr
+    left = [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert not [name for name in left if name.endswith((captions.CAPTIONS, ".tmp", "manifest.json"))]
+
+
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        ("u\ta cat\n".encode("utf-16"), "is UTF-16, not UTF-8 text: convert it"),
+        (gzip.compress(b"u\ta cat\n"), r"compressed \(gzip\).*unpack it"),
+        (b"PAR1....", "is parquet"),
+    ],
+)
+def test_a_source_that_is_no_utf8_text_is_refused(tmp_path, content, why):
+    with pytest.raises(InputError, match=rf"filter-captions\.source: .*source\.tsv.*{why}"):
+        filtered(tmp_path, content)
+
+
+def test_captions_in_another_encoding_are_counted(tmp_path):
+    source = b"u\t" + "café".encode("latin-1") + b"\nu\tplain\n"
+    kept, _, run = filtered(tmp_path, source)
+    assert kept["caption"].tolist() == ["caf\ufffd", "plain"] and run.summary["figures"]["captions_not_utf8"] == 1
+    assert "captions_not_utf8" not in filtered(tmp_path, b"u\tplain\n")[2].summary["figures"]
+
+
+def test_wrongly_decoded_text_is_mended_by_ftfy(tmp_path):
+    source = "u\tcafÃ© &amp; tea\n".encode()
+    if importlib.util.find_spec("ftfy") is None:
+        with pytest.raises(ConfigError, match=r"pip install 'm2m\[text\]'"):
+            filtered(tmp_path, source, fix_text=True)
+    else:
+        kept, _, _ = filtered(tmp_path, source, fix_text=True, clean_text=True)
+        assert kept["caption"].tolist() == ["café & tea"]
+
+
 @given(text=st.text(st.characters(exclude_characters="&")))
 def test_cleaning_undoes_html_even_twice_escaped(text):
     assert clean_caption(html.escape(html.escape(text))) == " ".join(text.split())
@@ -200,6 +257,7 @@ def test_shards_of_captions_are_the_first_of_each_split(tmp_path):
 def test_memory_does_not_grow_with_the_source(tmp_path, monkeypatch):
     monkeypatch.setattr(captions, "_ROW_GROUP", 500)
     monkeypatch.setattr(captions, "_BATCH", 100)
+    monkeypatch.setattr(tokens, "_MEMO_LIMIT", 100)  # full from the start, as after the first of many million rows
     (tmp_path / "big.tsv").write_bytes(b"u\t" + b"\nu\t".join(b"one red square, %d" % i for i in range(12_000)))
     peaks = []
     tracemalloc.start()

@@ -21,7 +21,8 @@ from m2m.data.sets import (
     chosen_images,
     write_index,
 )
-from m2m.data.shards import ShardPaths, ShardWriter, npy_bytes, shard_faults
+from m2m.data.shards import ShardPaths, ShardWriter, npy_bytes
+from m2m.data.verified import shard_faults
 from m2m.errors import ArtifactError, ConfigError
 from m2m.generation.features import stored
 

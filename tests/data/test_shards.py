@@ -11,19 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2m.data.shards import (
-    ShardFolder,
-    ShardPaths,
-    ShardReader,
-    ShardWriter,
-    adopt,
-    is_current,
-    npy_bytes,
-    read_record,
-    rebuild_index,
-    shard_faults,
-)
+from m2m.data.shard_reader import ShardFolder, ShardReader
+from m2m.data.shards import ShardPaths, ShardWriter, npy_bytes, read_record, rebuild_index
+from m2m.data.verified import is_current, shard_faults
 from m2m.errors import ArtifactError
+from m2m.generation.shard_work import adopt
 
 NAMES = st.sampled_from(["json", "latents.npy", "00.png", "01.png"])
 FILES = st.dictionaries(NAMES, st.binary(max_size=1500), min_size=1)

@@ -132,7 +132,24 @@ def test_killed_at_random_moments_the_job_ends_with_the_same_manifests(tmp_path)
         dagster.wait()
         print(f"killed with {len(broken.manifests())} of {len(STAGES)} outputs whole")
     broken.run()
-    expected, found = unbroken.manifests(), broken.manifests()
+    assert_equal(unbroken, broken)
+
+
+@pytest.mark.slow
+@pytest.mark.services
+@pytest.mark.timeout(3600)
+def test_on_slurm_the_job_makes_the_same_manifests(tmp_path, own_slurm, monkeypatch):
+    here, there = Job.of("tiny", tmp_path / "here"), Job.of("tiny", tmp_path / "slurm")
+    here.run()
+    monkeypatch.setenv("M2M_LAUNCHER", "slurm")
+    there.run()
+    assert len(list((there.folder / "outputs" / "tiny" / "jobs").iterdir())) == len(STAGES)  # each was a job
+    assert_equal(here, there)
+
+
+def assert_equal(one: Job, other: Job) -> None:
+    """All outputs are there and, but for those that hold timings, the same to the byte."""
+    expected, found = one.manifests(), other.manifests()
     assert list(found) == list(expected) == list(STAGES)
     for key, manifest in expected.items():
         if manifest.deterministic:

@@ -121,6 +121,22 @@ def evaluate(small_world: SmallWorld, tmp_path: Path) -> Callable[..., StageRun]
     return start
 
 
+@pytest.fixture(scope="session")
+def alexnet_weights() -> Callable[[int], dict[str, torch.Tensor]]:
+    """`alexnet_weights(seed)`: a state dict as torchvision's AlexNet has it, of random weights."""
+
+    def drawn(seed: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(seed)
+        shapes = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
+        found = {"classifier.1.weight": torch.zeros(2, 2)}
+        for place, (out, into, side) in shapes.items():
+            found[f"features.{place}.weight"] = torch.randn(out, into, side, side) / (into * side) ** 0.5 / 3
+            found[f"features.{place}.bias"] = torch.randn(out) / 10
+        return found
+
+    return drawn
+
+
 def _save_models(root: Path) -> None:
     vae = AutoencoderKL(**VAE)
     sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}

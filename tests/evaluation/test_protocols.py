@@ -15,9 +15,9 @@ from m2m.evaluation.consistency import asked_and_free
 from m2m.evaluation.encoders import Clip, Reader, inception_weights
 from m2m.evaluation.grids import write_grid
 from m2m.evaluation.measures import clip_scores
-from m2m.evaluation.novel_views import view_angles
 from m2m.evaluation.preceding_images import corrected, ideal_agreement
 from m2m.evaluation.protocol import at_size
+from m2m.evaluation.views import view_angles
 from m2m.tiny.world import ATTRIBUTES, Scene, describe
 
 CPU = Compute(device="cpu", dtype="float32", threads=1)

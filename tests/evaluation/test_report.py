@@ -11,8 +11,9 @@ from m2m.artifacts import Summary
 from m2m.config import Profile, load_profile
 from m2m.errors import ArtifactError, CheckFailed
 from m2m.evaluation.charts import chart
+from m2m.evaluation.page import missing_from
 from m2m.evaluation.per_set import PER_SET, PerSet, read_per_set
-from m2m.evaluation.report import PAGE, missing_from
+from m2m.evaluation.report import PAGE
 from m2m.progress import Progress
 from m2m.stage_run import run_stage
 from m2m.stages import STAGES
@@ -39,7 +40,7 @@ def whole_outputs(tmp_path_factory) -> Profile:
         per_set = None
         if key == "evaluate@table_1":
             per_set = PerSet()
-            per_set.add("M2M-Self: FID ↓", np.array([9.0, 10.0]), "lower")
+            per_set.add("M2M-Self: FID ↓", np.linspace(9, 10, 12), "lower")
         write_output(profile, key, summary, {"things": 1234, "sets": 77}, {"seed": 7}, per_set)
     return profile
 
@@ -91,19 +92,26 @@ def test_numbers_lie_beside_the_page_with_what_they_were_made_with(whole_outputs
     assert set(told) == set(STAGES["report"].inputs.values())
     table = told["evaluate@table_1"]
     assert table["config"] == {"seed": 7} and table["counts"]["sets"] == 77 and len(table["manifest"]) == 64
-    assert table["means"]["M2M-Self: FID ↓"] == {"mean": 9.5, "error": 0.5, "sets": 2, "better": "lower"}
+    assert table["means"]["M2M-Self: FID ↓"] == {
+        "mean": pytest.approx(9.5),
+        "error": pytest.approx(np.linspace(9, 10, 12).std(ddof=1) / 12**0.5),
+        "sets": 12,
+        "better": "lower",
+    }
     assert list(read_per_set(folder / PER_SET)) == ["table_1: M2M-Self: FID ↓"]
 
 
 def test_a_report_worse_than_the_accepted_one_is_refused(whole_outputs, tmp_path):
     better = PerSet()
-    better.add("table_1: M2M-Self: FID ↓", np.array([1.0, 1.1]), "lower")
+    better.add("table_1: M2M-Self: FID ↓", np.arange(1.0, 13.0) / 12, "lower")
     better.write(tmp_path)
     accepted = f"accepted={tmp_path / PER_SET}"
-    with pytest.raises(CheckFailed, match=r"no_regression does not hold: table_1: M2M-Self: FID ↓: 9.5, accepted 1.05"):
+    with pytest.raises(CheckFailed, match=r"no_regression does not hold: table_1: M2M-Self: FID ↓: 9.5, accepted 0.54"):
         run_stage(STAGES["report"], whole_outputs, overrides=[accepted], progress=Progress(quiet=True))
     itself = STAGES["report"].folder(whole_outputs) / PER_SET
-    run_stage(STAGES["report"], whole_outputs, overrides=[f"accepted={itself}"], progress=Progress(quiet=True))
+    made = run_stage(STAGES["report"], whole_outputs, overrides=[f"accepted={itself}"], progress=Progress(quiet=True))
+    said = "1 metrics compared with the accepted report, 0 worse"
+    assert said in (made.folder / PAGE).read_text(encoding="utf-8")
 
 
 def test_a_page_without_a_section_or_with_a_link_is_not_complete():

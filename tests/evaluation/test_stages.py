@@ -13,9 +13,9 @@ from m2m.artifacts import Manifest
 from m2m.config import source_digest
 from m2m.errors import ArtifactError, ConfigError, InputError
 from m2m.evaluation import protocol
+from m2m.evaluation.page import cell
 from m2m.evaluation.per_set import PER_SET, read_per_set
 from m2m.evaluation.protocol import Sampler
-from m2m.evaluation.report import _cell
 from m2m.evaluation.table import Table1
 from tests.evaluation.conftest import TEST
 
@@ -40,8 +40,7 @@ def test_an_evaluation_leaves_pictures_tables_and_finite_metrics(evaluate, name)
             assert min(picture.size) > 64
     assert _numbers(json.loads((run.out / "metrics.json").read_text()))
     assert not list(run.out.glob(".*")), "what was kept for a restart is dropped"
-    if name != "real_images":
-        assert all(np.isfinite(metric.values).all() for metric in read_per_set(run.out / PER_SET).values())
+    assert all(np.isfinite(metric.values).all() for metric in read_per_set(run.out / PER_SET).values())
 
 
 @pytest.mark.parametrize("name", ["table_1", "novel_views", "procedures"])
@@ -80,6 +79,16 @@ def test_a_killed_evaluation_goes_on_with_the_batch_it_was_at(evaluate, monkeypa
         assert (whole.out / file).read_bytes() == (resumed.out / file).read_bytes()
 
 
+@pytest.mark.parametrize(("name", "settings"), [("novel_views", {"planted_objects": 3}), ("procedures", {})])
+def test_planted_models_are_measured_beside_views_and_steps(evaluate, name, settings):
+    run = evaluate(name, **SETTINGS[name], **settings)
+    (table,) = (rows for title, rows in run.summary["tables"].items() if title.startswith("Do the measures tell"))
+    assert all(row["oracle"] and row["holds"] for row in table)
+    assert "planted" in json.loads((run.out / "metrics.json").read_text())
+    without = evaluate(name, "without", **SETTINGS[name], **{f"planted_{'objects' if settings else 'procedures'}": 0})
+    assert not any(title.startswith("Do the measures") for title in without.summary["tables"])
+
+
 def test_table_1_scores_each_nth_image_and_names_its_samples(evaluate):
     run = evaluate("table_1", **SETTINGS["table_1"])
     metrics = json.loads((run.out / "metrics.json").read_text())
@@ -100,7 +109,7 @@ def test_table_1_refuses_fewer_sets_than_features(evaluate):
 
 
 def test_inception_without_torch_fidelity_says_what_to_install(evaluate):
-    with pytest.raises(ConfigError, match="pip install torch-fidelity"):
+    with pytest.raises(ConfigError, match="pip install --no-deps torch-fidelity"):
         evaluate("table_1", backbone="inception-v3")
 
 
@@ -124,7 +133,7 @@ def test_sampling_speed_times_both_models_and_the_text_to_image_model(evaluate, 
         "sampling_speed", text_to_image="text-to-image", preceding=[1, 2], num_images=[1], joint=[2], repeats=1
     )
     (rows,) = run.summary["tables"].values()
-    models = ["text-to-image model", *["M2M-Self"] * 2, "M2M-Self, joint", *["M2M-DINO"] * 2]
+    models = ["text-to-image model", *["M2M-Self"] * 2, "M2M-Self, joint", *["M2M-DINO"] * 2, "M2M-DINO, joint"]
     assert [row["model"] for row in rows] == models
     assert all(row["seconds an image"] > 0 for row in rows)
 
@@ -181,7 +190,7 @@ def test_no_table_hides_a_number_that_is_not_finite(evaluate):
     run.table("A table", [{"x": float("nan")}])
     protocol.conclude(run, {})
     assert run.summary["checks"]["metrics_finite"] == "not finite: tables.A table[0].x"
-    assert _cell(float("nan")) == "⚠ not a finite number"
+    assert cell(float("nan")) == "⚠ not a finite number"
 
 
 def test_what_is_not_finite_is_named():

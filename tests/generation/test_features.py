@@ -9,9 +9,9 @@ from transformers import BitImageProcessor, Dinov2Model
 from m2m.artifacts import read_summary
 from m2m.config import Compute, load_profile
 from m2m.data.sets import ImageSets, TrainingSets
-from m2m.data.shards import shard_faults
-from m2m.errors import InputError
-from m2m.generation.features import IMAGENET_MEAN, IMAGENET_STD, CacheFeatures, DinoEncoder, dino_preprocess
+from m2m.data.verified import shard_faults
+from m2m.errors import CheckFailed, ConfigError, InputError
+from m2m.generation.features import IMAGENET_MEAN, IMAGENET_STD, CacheFeatures, DinoEncoder, SetEncoder, dino_preprocess
 from m2m.progress import Progress
 from m2m.stage_run import run_stage
 from m2m.stages import STAGES
@@ -84,10 +84,11 @@ def test_latents_are_decoded_where_there_are_no_pictures(make_profile, tmp_path,
         run(make_profile(features={"text_to_image": None}))
 
 
-def test_shards_are_made_one_by_one_and_alike(make_profile, tmp_path, monkeypatch):
-    def tree(folder):
-        return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+def tree(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
+
+def test_shards_are_made_one_by_one_and_alike(make_profile, tmp_path, monkeypatch):
     path = make_profile(store_images="png", features={"storage": "int8"})
     whole = tree(run(path).folder)
     monkeypatch.setenv("M2M_OUTPUTS", str(tmp_path / "again"))
@@ -96,6 +97,38 @@ def test_shards_are_made_one_by_one_and_alike(make_profile, tmp_path, monkeypatc
     assert tree(finished) == whole
     # at most half a step of 1/127 of a token's largest value, which is no more than 3 times their root mean square here
     assert 0 < read_summary(finished).figures["int8_relative_error"] < 3 / 127 / 2  # type: ignore[operator]
+
+
+def test_sets_that_failed_are_tried_again_in_the_same_batches(make_profile, tmp_path, monkeypatch):
+    captions = [f"caption {i}" for i in range(8)]
+    path = make_profile(captions, sets_per_shard=4, features={"sets_per_batch": 2, "max_failed": 0})
+    whole = tree(run(path).folder)
+    monkeypatch.setenv("M2M_OUTPUTS", str(tmp_path / "again"))
+    encode, batches = SetEncoder.encode, []
+
+    def stumbling(self, shard, positions):
+        batches.append((shard, tuple(positions)))
+        if len(batches) == 1:
+            raise RuntimeError("no kernel image\nfor this")
+        ids, features = encode(self, shard, positions)
+        if len(batches) == 3:
+            features[0] = float("nan")
+        return ids, features
+
+    monkeypatch.setattr(SetEncoder, "encode", stumbling)
+    with pytest.raises(CheckFailed, match=r"3 of \d sets failed, for example \d+: RuntimeError: no kernel image for"):
+        run(path)
+    made = len(batches)
+    assert tree(run(path).folder) == whole
+    assert batches[made:] == [batches[0], batches[2]]
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(SetEncoder, "encode", full)
+    monkeypatch.setenv("M2M_OUTPUTS", str(tmp_path / "full"))
+    with pytest.raises(ConfigError, match=r"2 sets do not fit the device's memory.*sets_per_batch"):
+        run(path)
 
 
 def test_features_of_the_first_training_sets_alone(make_profile):

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,13 @@ import torch
 from PIL import Image
 
 from m2m.cli import main
-from m2m.config import load_profile
+from m2m.config import identity, load_profile
 from m2m.data.sets import ImageSets
-from m2m.data.shards import ShardReader, read_record, shard_faults
+from m2m.data.shard_reader import ShardReader
+from m2m.data.shards import read_record
+from m2m.data.verified import shard_faults
 from m2m.errors import CheckFailed, ConfigError, InputError
+from m2m.generation import image_sets
 from m2m.generation.image_sets import GenerateSets, SetMaker
 from m2m.progress import Progress
 from m2m.stage_run import run_stage
@@ -188,6 +192,68 @@ def test_schedulers(make_profile, tmp_path, scheduler):
     maker = SetMaker(config_of(make_profile(), f"scheduler={scheduler}"), tmp_path)
     assert np.isfinite(maker.latents(0, "a red square")).all()
     assert maker.pipeline.scheduler.config["beta_schedule"] == "scaled_linear"
+
+
+def test_pictures_finished_beside_sampling_have_the_same_bytes(make_profile, tmp_path, monkeypatch):
+    path, threads = make_profile(store_images="webp"), []
+    decode = SetMaker.decode
+
+    def decoded(self, latents):
+        threads.append(threading.current_thread() is threading.main_thread())
+        return decode(self, latents)
+
+    monkeypatch.setattr(SetMaker, "decode", decoded)
+    folder = run(path).folder
+    assert threads == [False] * 4  # the contact sheet reads what is stored
+    maker = SetMaker(config_of(path), tmp_path)
+    for shard in (0, 1):
+        reader = ShardReader(folder, shard)
+        for position in (0, 1):
+            said = json.loads(reader.read(position, "json"))
+            one_after_the_other = maker.finished(said, maker.sampled(said))
+            assert one_after_the_other == {name: reader.read(position, name) for name in reader.names(position)}
+
+
+@pytest.mark.parametrize("setting", ["compile=true", "channels_last=true", "compute.dtype=bfloat16", "scheduler=ddim"])
+def test_how_it_is_computed_is_part_of_what_it_is(make_profile, setting):
+    root = Path()
+    before, after = (identity(config_of(make_profile(), *given), root) for given in ([], [setting]))
+    assert before != after
+    assert "compile" not in before and "channels_last" not in before  # sets made before there was a choice stay
+
+
+def test_channels_last_makes_the_same_pictures_to_the_last_bits(make_profile, tmp_path):
+    plain, last = (
+        SetMaker(config_of(make_profile(), *given), tmp_path).latents(0, "a red square")
+        for given in ([], ["channels_last=true"])
+    )
+    assert np.allclose(plain, last, atol=2e-2)
+
+
+@pytest.mark.slow
+def test_a_compiled_unet_makes_the_same_pictures_to_the_last_bits(make_profile, tmp_path):
+    plain, compiled = (SetMaker(config_of(make_profile(), *given), tmp_path) for given in ([], ["compile=true"]))
+    assert np.allclose(plain.latents(0, "a red square"), compiled.latents(0, "a red square"), atol=2e-2)
+
+
+def test_a_unet_that_cannot_be_compiled_ends_the_run(make_profile, tmp_path, monkeypatch):
+    def broken(*_):
+        raise torch._dynamo.exc.BackendCompilerFailed(broken, RuntimeError("no C++ compiler"), None)
+
+    monkeypatch.setattr(SetMaker, "latents", broken)
+    with pytest.raises(ConfigError, match=r"generate-sets\.compile: torch can't compile.*no C\+\+ compiler"):
+        SetMaker(config_of(make_profile(), "compile=true"), tmp_path).sampled(
+            {"id": 0, "caption": "a", "split": "train"}
+        )
+
+
+def test_pictures_that_do_not_fit_the_memory_end_the_run(make_profile, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(image_sets, "decode_pictures", full)
+    with pytest.raises(ConfigError, match=r"5 pictures do not fit.*decode_batch"):
+        run(make_profile(store_images="png"))
 
 
 def test_an_image_size_that_latents_do_not_tile(make_profile, tmp_path):

@@ -8,19 +8,30 @@ from torch import Tensor
 
 from m2m.errors import InputError
 from m2m.models.context import Context
-from m2m.models.image_set_attention import FromContexts, ImageSetAttention, WholeSets, prefix_attention, set_attention
+from m2m.models.image_set_attention import (
+    FromContexts,
+    ImageSetAttention,
+    WholeSets,
+    as_reads,
+    chosen_attention,
+    prefix_attention,
+    set_attention,
+)
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def dense(q: Tensor, k: Tensor, v: Tensor, reads: Tensor | None = None) -> Tensor:
     """Softmax(Q K^T / sqrt(d)) V over all tokens of a set, token of image i sees tokens of images < i (section 5.1).
 
-    q (B, N, L, H, d); k, v (B, N, S, H, d). A row that sees nothing gives zero.
+    q (B, N, L, H, d); k, v (B, N, S, H, d); reads (B, N, N) says which of those. A row that sees nothing gives zero.
     """
     sets, images, tokens, heads, dim = q.shape
     own = torch.arange(images).repeat_interleave(tokens)[:, None]
     seen = torch.arange(k.shape[1]).repeat_interleave(k.shape[2])[None, :]
     scores = torch.einsum("bnlhd,bmshd->bhnlms", q, k).reshape(sets, heads, images * tokens, -1) / dim**0.5
     scores = scores.masked_fill(~(seen < own), float("-inf"))
+    if reads is not None:
+        chosen = reads.repeat_interleave(tokens, 1).repeat_interleave(k.shape[2], 2)[:, None]
+        scores = scores.masked_fill(~chosen, float("-inf"))
     weights = scores.softmax(-1).nan_to_num(0.0)  # softmax of a row of -inf is NaN
     read = torch.einsum("bhqk,bkhd->bqhd", weights, v.flatten(1, 2))
     return read.reshape(q.shape)
@@ -72,6 +83,27 @@ def test_a_dropped_context_gives_exactly_zero_and_leaves_the_others():
     expected[1] = 0
     expected[2, 2] = 0
     torch.testing.assert_close(read, expected, atol=1e-12, rtol=0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(images=st.integers(2, 5), image_tokens=st.integers(1, 4), seed=st.integers(0, 1000))
+def test_chosen_images_are_the_mask_that_chooses_them(images, image_tokens, seed):
+    q = random(3, images, 3, 2, 4).requires_grad_()
+    k, v = (random(3, images, image_tokens, 2, 4, seed=seed).requires_grad_() for seed in (1, 2))
+    reads = torch.rand(3, images, images, generator=torch.Generator().manual_seed(seed)) < 0.5
+    found = chosen_attention(q, k, v, as_reads(reads[:, :, :-1]))
+    expected = dense(q, k, v, reads)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    both = [torch.autograd.grad(one.square().sum(), (q, k, v)) for one in (found, expected)]
+    torch.testing.assert_close(*both, atol=1e-11, rtol=0)
+
+
+def test_of_images_beside_each_other_nothing_is_copied_and_of_none_nothing_read():
+    nearest = torch.tensor([[[True, True, True], [True, True, True], [False, True, True], [False, True, True]]])
+    assert as_reads(nearest) == [[slice(0, 0), slice(0, 1), slice(1, 2), slice(1, 3)]]
+    assert as_reads(torch.tensor([[[False] * 2, [False] * 2, [True, False]]])) == [[slice(0, 0)] * 2 + [slice(0, 1)]]
+    apart = torch.tensor([[[False] * 3] * 3 + [[True, False, True]]])
+    assert as_reads(apart)[0][3] == [0, 2]
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """Toy stages under the real definitions, for tests of how things are run."""
 
-import dataclasses
-import os
 import sys
 from pathlib import Path
 
@@ -11,27 +9,7 @@ import pytest
 from m2m.config import load_profile
 
 sys.path.insert(0, str(Path(__file__).parent))
-ROOT = Path(__file__).parents[2]
-
-
-@dataclasses.dataclass(frozen=True)
-class Ground:
-    """A place where the toy pipeline runs: its profile, its outputs and its Dagster instance."""
-
-    folder: Path
-
-    @property
-    def outputs(self) -> Path:
-        return self.folder / "outputs" / "toy"
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return {
-            **{name: value for name, value in os.environ.items() if not name.startswith("M2M_")},
-            "M2M_PROFILE": str(self.folder / "configs" / "toy.yaml"),
-            "DAGSTER_HOME": str(self.folder / "dagster"),
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
-        }
+from toy_ground import ROOT, Ground
 
 
 @pytest.fixture

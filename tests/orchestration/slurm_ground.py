@@ -1,26 +1,14 @@
-"""A toy pipeline on the project's own Slurm (`services/slurm/up.sh`), for the tests marked `services`."""
+"""The project's own Slurm (`services/slurm/up.sh`, found by the fixture `own_slurm`), looked at and struck.
+
+Belongs here: asking it, what clusters do to a job. Not here: what must come of that (the tests).
+"""
 
 import os
-import shutil
+import signal
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
-
-import pytest
-
-ROOT = Path(__file__).parents[2]
-CONF = Path(os.environ.get("SLURM_CONF") or ROOT / ".services" / "slurm" / "slurm.conf")
-
-
-def _answers() -> bool:
-    if not CONF.is_file() or not shutil.which("scontrol"):
-        return False
-    done = subprocess.run(["scontrol", "ping"], env=os.environ | {"SLURM_CONF": str(CONF)}, capture_output=True)
-    return done.returncode == 0
-
-
-needs_slurm = pytest.mark.skipif(
-    not _answers(), reason="no Slurm answers here: services/slurm/up.sh starts one (make test-services does it all)"
-)
 
 
 def slurm(*argv: str) -> str:
@@ -30,3 +18,63 @@ def slurm(*argv: str) -> str:
 def jobs() -> list[str]:
     """States of the jobs that have not ended."""
     return slurm("squeue", "-h", "--me", "-o", "%T").split()
+
+
+def running() -> list[str]:
+    """Ids of the tasks that run."""
+    return slurm("squeue", "-h", "--me", "-t", "RUNNING", "-o", "%A").split()
+
+
+def wait_for(happens: Callable[[], object], seconds: float = 60) -> float:
+    """How long it took."""
+    started = time.monotonic()
+    while not happens():
+        assert time.monotonic() - started < seconds, "it did not happen"
+        time.sleep(0.05)
+    return time.monotonic() - started
+
+
+def take_away(how: str, job: str) -> None:
+    """Have the cluster take a running job's node, and let it start again soon.
+
+    Slurm itself leaves a job that it took back in the queue for two minutes; in the second in which it was ended, its
+    node would refuse it.
+    """
+    node = slurm("squeue", "-h", "-j", job, "-o", "%N")
+    match how:
+        case "requeue":
+            slurm("scontrol", "requeue", job)
+        case "preempt":
+            whole_node = ["--partition=urgent", f"--nodelist={node}", "--exclusive", "--time=1", "--output=/dev/null"]
+            slurm("sbatch", "--gres=gpu:8", "--mem=100M", "--job-name=urgent", *whole_node, "--wrap=sleep 1")
+        case "node down":
+            slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+            wait_for(lambda: slurm("squeue", "-h", "-j", job, "-o", "%T") != "RUNNING")
+            # it may have come back by itself
+            subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], check=False, capture_output=True)
+    wait_for(lambda: slurm("squeue", "-h", "-j", job, "-o", "%T") == "PENDING")
+    slurm("scontrol", "update", f"jobid={job}", "starttime=now+2")
+
+
+def at_its_limit(job: str, seconds: int = 90) -> None:
+    """Leave a job so much time: less than its warning, so that it is asked to end when Slurm next looks (30 s)."""
+    end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + seconds))
+    slurm("scontrol", "update", f"jobid={job}", f"endtime={end}")
+
+
+def remembered(conf: Path, job: str) -> None:
+    """Wait until slurmctld has written down that a job runs, as it does some seconds after a change."""
+    state = conf.parent / "state" / "job_state"
+    changed = time.time()
+    slurm("scontrol", "update", f"jobid={job}", "mailuser=nobody")
+    wait_for(lambda: state.exists() and state.stat().st_mtime > changed)
+
+
+def kill_daemon(conf: Path, name: str) -> None:
+    """SIGKILL to `slurmctld`, or to `slurmd.n1`."""
+    os.kill(int((conf.parent / "run" / f"{name}.pid").read_text()), signal.SIGKILL)
+
+
+def start_daemon(name: str) -> None:
+    daemon, _, node = name.partition(".")
+    slurm(daemon, *(["-N", node] if node else []))

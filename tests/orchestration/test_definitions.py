@@ -7,10 +7,13 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from dagster._core.definitions.freshness import TimeWindowFreshnessPolicy
 
 from assets_defs.partitions import shards
+from assets_defs.upkeep import report_freshness
+from m2m.errors import ConfigError
 from m2m.stages import STAGES
-from orchestration.definitions import defs
+from orchestration.definitions import build_defs, defs
 
 ROOT = Path(__file__).parents[2]
 ASK = """
@@ -45,8 +48,8 @@ def test_jobs_select_what_they_say():
     def keys(job: str) -> set[str]:
         return {key.to_user_string() for key in defs.resolve_job_def(job).asset_layer.executable_asset_keys}
 
-    assert keys("m2m_pipeline") == {stage.asset for stage in STAGES.values()}
-    assert keys("data_job") == {"filtered_captions", "mis_shards", "dino_features"}
+    assert keys("m2m_pipeline") == {"caption_file", *(stage.asset for stage in STAGES.values())}
+    assert keys("data_job") == {"caption_file", "filtered_captions", "mis_shards", "dino_features"}
     assert keys("pretraining_job") == {"m2m_self", "m2m_dino"}
     assert keys("finetuning_job") == {"m2m_nvs", "m2m_vgsi"}
     assert keys("evaluation_job") == {stage.asset for stage in STAGES.values() if stage.group == "evaluation"}
@@ -63,6 +66,41 @@ def test_jobs_with_partitions_run_over_all_of_them(job):
 def test_reevaluation_waits_to_be_switched_on():
     schedule = defs.resolve_schedule_def("reevaluation")
     assert schedule.default_status == dg.DefaultScheduleStatus.STOPPED and schedule.job_name == "evaluation_job"
+
+
+def test_an_asset_leads_to_its_code():
+    graph = defs.resolve_asset_graph()
+    for stage in STAGES.values():
+        references = graph.get(dg.AssetKey(stage.asset)).metadata["dagster/code_references"].code_references
+        work, asset = (
+            Path(reference.file_path).read_text().splitlines()[reference.line_number - 1 :] for reference in references
+        )
+        assert work[0].startswith(f"def {stage.function.rpartition(':')[2]}(")
+        assert any(f"def {stage.asset}(" in line for line in asset[:10])
+
+
+def test_code_can_be_linked_to_its_repository(monkeypatch):
+    monkeypatch.setenv("M2M_GIT_URL", "https://github.com/owner/m2m")
+    node = build_defs().resolve_asset_graph().get(dg.AssetKey("table_1"))
+    work, asset = (reference.url for reference in node.metadata["dagster/code_references"].code_references)
+    assert work.startswith("https://github.com/owner/m2m/tree/main/m2m/evaluation/table.py#L")
+    assert asset.startswith("https://github.com/owner/m2m/tree/main/assets_defs/evaluation.py#L")
+    monkeypatch.setenv("M2M_GIT_URL", "https://example.org/m2m")
+    with pytest.raises(ConfigError, match=r"M2M_GIT_URL is https://example\.org/m2m"):
+        build_defs()
+
+
+def test_the_report_grows_old():
+    policy = defs.resolve_asset_graph().get(dg.AssetKey("evaluation_report")).freshness_policy
+    assert isinstance(policy, TimeWindowFreshnessPolicy)
+    assert (policy.warn_window.to_timedelta().days, policy.fail_window.to_timedelta().days) == (7, 14)
+
+
+@pytest.mark.parametrize("days", ["soon", "0", "-1"])
+def test_an_age_that_is_none_is_refused(monkeypatch, days):
+    monkeypatch.setenv("M2M_REPORT_DAYS", days)
+    with pytest.raises(ConfigError, match="must be a number of days"):
+        report_freshness()
 
 
 def test_dagsters_selection_language_works():

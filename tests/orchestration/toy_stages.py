@@ -11,6 +11,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
+from toy_work import generate, train  # noqa: E402
+
 from m2m import artifacts  # noqa: E402
 from m2m.config import StageConfig  # noqa: E402
 from m2m.errors import InputError  # noqa: E402
@@ -48,11 +50,9 @@ def toy(config: Toy, run: StageRun) -> None:
                 time.sleep(0.1)
         case "nap":
             _sleep(run, 8)
-        case "sleep once" | "sleep deaf once" if not (run.out / "checkpoint").exists():
+        case "sleep deaf once" if not (run.out / "checkpoint").exists():
             (run.out / "checkpoint").write_text("halfway")
-            _sleep(run, 200, deaf=config.act == "sleep deaf once")
-        case "hog":
-            _sleep(run, 60, bytearray(os.urandom(1 << 20) * 800))
+            _sleep(run, 200, deaf=True)
         case "stop once" if not (run.out / "checkpoint").exists():
             (run.out / "checkpoint").write_text("halfway")
             sys.exit(75)
@@ -60,7 +60,12 @@ def toy(config: Toy, run: StageRun) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
     wanted = run.shards if run.shards is not None else range(config.shards)
     for shard in wanted if run.stage.partitioned else [0]:
-        artifacts.write_bytes(run.out / f"{shard:05d}.txt", str(config.value).encode())
+        if config.act != "steps":
+            artifacts.write_bytes(run.out / f"{shard:05d}.txt", str(config.value).encode())
+        elif run.stage.partitioned:
+            generate(run, shard)
+        else:
+            train(run)
     if config.act == "break promise":
         run.check(run.stage.checks[0], False, "found the opposite")
         return
@@ -77,7 +82,7 @@ def toy(config: Toy, run: StageRun) -> None:
         run.check(check, True, "")
 
 
-def _sleep(run: StageRun, seconds: float, held: object = None, *, deaf: bool = False) -> None:
+def _sleep(run: StageRun, seconds: float, *, deaf: bool = False) -> None:
     if deaf:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     (run.profile.outputs / "asleep").write_text(str(os.getpid()))

@@ -147,6 +147,21 @@ def test_a_context_in_bytes_changes_little_and_is_kept_as_any(make_pipeline, pic
             latents(make_pipeline("self", clean_timestep=None), pictures(), int8_context=True)
 
 
+@pytest.mark.parametrize("variant", ["self", "dino"])
+def test_without_its_cache_a_context_is_computed_at_every_step_and_is_the_same(
+    make_pipeline, pictures, variant, encoder_calls
+):
+    pipeline, start = make_pipeline(variant), noise(1, 3)
+    given = {"latents": start, "num_images": 3, "guidance_scale": 2.0, "context_window": 3}
+    kept = latents(pipeline, pictures(), **given)
+    encoder_calls.clear()
+    anew = latents(pipeline, pictures(), **given, cache_context=False)
+    assert encoder_calls == [3] * len(encoder_calls) and len(encoder_calls) % 3 == 0 and len(encoder_calls) > 3
+    torch.testing.assert_close(anew, kept, **EXACT)
+    with pytest.raises(InputError, match="cache_context is off"):
+        latents(pipeline, pictures(), int8_context=True, cache_context=False)
+
+
 def test_kinds_of_output(make_pipeline, pictures, to_pil):
     pipeline, start = make_pipeline(), noise(2, 2)
     tensor = pipeline(pictures(2), num_images=2, latents=start, output_type="pt", **STEPS).images

@@ -1,0 +1,43 @@
+"""What a job prints into files, passed on to where Dagster collects it.
+
+Belongs here: copying while it grows. Not here: reading a growing file (`tail`), where the files lie (the launchers).
+"""
+
+import contextlib
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from orchestration.launchers.tail import Tail
+
+_LINES_KEPT = 40
+
+
+@contextlib.contextmanager
+def passed_on(files: Sequence[tuple[Path, Path]]) -> Iterator[deque[str]]:
+    """Copy the stdout and stderr of each task to this process's; yields the end of what came on stderr."""
+    kept: deque[str] = deque(maxlen=_LINES_KEPT)
+    over = threading.Event()
+    pairs = [(Tail(out), Tail(err)) for out, err in files]
+
+    def copy() -> None:
+        last = False
+        while not last:
+            last = over.wait(0.2 + 0.01 * len(pairs))
+            for out, err in pairs:
+                for tail, to in ((out, sys.stdout), (err, sys.stderr)):
+                    lines = tail.last_lines() if last else tail.lines()
+                    if tail is err:
+                        kept.extend(lines)
+                    to.writelines(f"{line}\n" for line in lines)
+                    to.flush()
+
+    thread = threading.Thread(target=copy, daemon=True)
+    thread.start()
+    try:
+        yield kept
+    finally:
+        over.set()
+        thread.join()

@@ -1,0 +1,66 @@
+"""What the end of a Slurm job means: the same as which end of the command, and why.
+
+Belongs here: states of tasks, read together. Not here: asking for them (`slurm_jobs`), telling Dagster (`outcome`).
+"""
+
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from m2m.cli import EXIT_CALL_AGAIN
+from m2m.config import Resources
+from m2m.stages import Stage
+from orchestration.launchers import slurm_jobs
+from orchestration.launchers.slurm_jobs import Task
+
+_SIGTERM = -15
+_TOO_LARGE = re.compile(r"slurmstepd.*(exceeded .*memory|oom.?kill)", re.IGNORECASE)  # where it is no state of its own
+
+
+def end_of(
+    stage: Stage, asked: Resources, job: str, ends: Sequence[Task], last_lines: Collection[str], folder: Path
+) -> tuple[int, str | None]:
+    """The job's end as a command's: an exit code, and why where Slurm knows that better.
+
+    Args:
+        ends: of all its tasks.
+        last_lines: the end of their stderr.
+        folder: where it was to be written.
+    """
+    own = [task for task in ends if not _goes_on(task) and task.state != "COMPLETED"]
+    if own:
+        end = own[0]
+        kept = "what is whole is kept"
+        too_large = end.exit_code == -9 and any(_TOO_LARGE.search(line) for line in last_lines)
+        match "OUT_OF_MEMORY" if too_large else end.state:
+            case "OUT_OF_MEMORY":
+                more = f"it asked for {asked.memory_gb:g} GB a node: raise {stage.command}.resources.memory_gb"
+                return -9, f"{stage.key} ran out of memory (job {job}); {more}"
+            case "CANCELLED":
+                return 1, f"{stage.key}: job {job} was cancelled on the cluster; {kept}"
+            case "FAILED" if last_lines or end.exit_code < 0:
+                return end.exit_code or 1, None
+            case "FAILED":
+                silent = f"job {job} failed with exit code {end.exit_code} and has written nothing to {folder}"
+                return end.exit_code or 1, f"{stage.key}: {silent}: the nodes must share this file system with Dagster"
+        return end.exit_code or 1, f"{stage.key}: job {job} ended as {end.state} ({end.reason}); {kept}"
+    taken = [task for task in ends if _goes_on(task)]
+    if not taken:
+        return 0, None
+    said = "was asked to end" if taken[0].state == "FAILED" else f"ended as {taken[0].state}"
+    return EXIT_CALL_AGAIN, f"{stage.key}: job {job} {said}; it goes on from what is whole"
+
+
+def counted(tasks: Sequence[Task]) -> str:
+    """The states of a job's tasks, for people."""
+    if len(tasks) == 1:
+        (task,) = tasks
+        return f"{task.state} ({task.reason})" if task.reason not in ("", "None") else task.state
+    states = sorted(task.state for task in tasks)
+    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+
+
+def _goes_on(task: Task) -> bool:
+    """Whether the same command, called again, takes up the work: the cluster ended it, ahead of time or at it."""
+    asked_to_end = task.state == "FAILED" and task.exit_code in (EXIT_CALL_AGAIN, _SIGTERM)
+    return asked_to_end or task.state in slurm_jobs.TAKEN_AWAY

@@ -1,0 +1,30 @@
+"""Where a toy pipeline runs.
+
+Belongs here: its folders, its surroundings. Not here: what runs there.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ground:
+    """A place where the toy pipeline runs: its profile, its outputs and its Dagster instance."""
+
+    folder: Path
+
+    @property
+    def outputs(self) -> Path:
+        return self.folder / "outputs" / "toy"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            **{name: value for name, value in os.environ.items() if not name.startswith("M2M_")},
+            "M2M_PROFILE": str(self.folder / "configs" / "toy.yaml"),
+            "DAGSTER_HOME": str(self.folder / "dagster"),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
+        }

@@ -1,0 +1,83 @@
+"""Processes that are started together: they find each other, signals reach all, one exit code tells how they ended."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+
+from m2m.ranks import run_together
+from m2m.training.stopping import SIGNALS, STOPPED, Stop, ending_when_asked
+
+ASKED = """
+import os, signal, sys, time
+from pathlib import Path
+from m2m.training.stopping import ending_when_asked
+with ending_when_asked():
+    Path(sys.argv[1], os.environ["RANK"]).touch()
+    time.sleep(60)
+"""
+
+
+def python(code: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-c", code, *map(str, arguments)]
+
+
+def test_they_are_told_who_they_are(tmp_path):
+    tell = "import json, os, sys; json.dump(dict(os.environ), open(sys.argv[1] + '/' + os.environ['RANK'], 'w'))"
+    assert run_together(python(tell, tmp_path), 3) == 0
+    told = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(3)]
+    assert [one["LOCAL_RANK"] for one in told] == ["0", "1", "2"]
+    for name, value in (("WORLD_SIZE", "3"), ("LOCAL_WORLD_SIZE", "3"), ("MASTER_ADDR", "127.0.0.1")):
+        assert {one[name] for one in told} == {value}
+    assert len({one["MASTER_PORT"] for one in told}) == 1
+
+
+@pytest.mark.parametrize(
+    ("ends", "code"),
+    [
+        ("sys.exit(0)", 0),
+        ("sys.exit(75 if rank else 0)", 75),
+        ("sys.exit(2 if rank else 0)", 2),
+        ("os.kill(os.getpid(), 9) if rank else None", 137),
+        ("sys.exit(3) if rank else time.sleep(60)", 3),  # which the other waits for in vain
+    ],
+)
+def test_the_first_failure_is_the_exit_code(ends, code):
+    began = time.monotonic()
+    script = f"import os, sys, time; rank = int(os.environ['RANK']); {ends}"
+    assert run_together(python(script), 2, grace=0.3) == code
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_reaches_all_and_asks_to_be_called_again(tmp_path, number):
+    def send():
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    sending = threading.Thread(target=send)
+    before = signal.getsignal(number)
+    sending.start()
+    assert run_together(python(ASKED, tmp_path), 2) == STOPPED
+    sending.join()
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_before_and_after_a_training_a_signal_ends_with_75_and_while_it_runs_it_is_remembered(number, capsys):
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended, ending_when_asked():
+        with Stop() as stop:
+            assert not stop.asked
+            os.kill(os.getpid(), number)
+            assert stop.asked
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+    assert ended.value.code == STOPPED
+    assert "goes on from what is whole" in capsys.readouterr().err
+    assert signal.getsignal(number) == before
