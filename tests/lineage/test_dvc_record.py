@@ -310,6 +310,13 @@ def test_what_is_not_the_profiles_is_not_recorded_as_such(project):
     assert locked_stages(project.root) == set()
 
 
+def test_an_older_output_is_not_recorded_as_the_new_one_whose_shards_are_not_all_there(project):
+    launcher = Here(project, reports="the fingerprint of the new one")
+    told = materialize(RecordingLauncher(launcher, [DvcRecorder(project.root)], project), "filter-captions")
+    assert told["recorded by DVC"] == "no: not all of it is made yet"
+    assert locked_stages(project.root) == set()
+
+
 def test_the_definitions_record_where_they_are_asked_to(project, monkeypatch):
     monkeypatch.setattr(local, "PROFILE", project)
     monkeypatch.setattr(chosen, "PROFILE", project)
@@ -320,6 +327,7 @@ def test_the_definitions_record_where_they_are_asked_to(project, monkeypatch):
     result = job.execute_in_process(asset_selection=[dg.AssetKey("filtered_captions")])
     (event,) = result.asset_materializations_for_node("filtered_captions")
     assert str(event.metadata["recorded by DVC"].value).startswith("filter_captions ")
+    assert "| source | captions.tsv | " in str(event.metadata["made_from"].value)
     assert locked_stages(project.root) == {"filter_captions"}
 
 
