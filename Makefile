@@ -66,7 +66,7 @@ test-services: $(VENV)/.installed-services ## the tests that need services (Slur
 	PYTHON=$(CURDIR)/$(RUN) services/ray/up.sh || test $$? = 77; \
 	$(RUN) -m pytest -m 'services and not slow' -rs
 
-lint: install-dev ## style and types
+lint: $(VENV)/.installed-services ## style and types, of the launchers that need more too
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(VENV)/bin/pyright --pythonpath $(RUN)

@@ -1,5 +1,7 @@
 """Context noise in sampling: what training with it has shown, for given and made images; nothing by default."""
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
@@ -8,7 +10,7 @@ from m2m.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Euler's scheduler uses NumPy as of version 1
 STEPS, TIMESTEP = 3, 120
-EXACT = {"atol": 5e-5, "rtol": 1e-4}
+EXACT: dict[str, Any] = {"atol": 5e-5, "rtol": 1e-4}
 
 
 def noise(*shape: int, seed: int = 6) -> torch.Tensor:
