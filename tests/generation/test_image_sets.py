@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.exc import BackendCompilerFailed
 
 from m2m.cli import main
 from m2m.config import identity, load_profile
@@ -238,7 +239,7 @@ def test_a_compiled_unet_makes_the_same_pictures_to_the_last_bits(make_profile, 
 
 def test_a_unet_that_cannot_be_compiled_ends_the_run(make_profile, tmp_path, monkeypatch):
     def broken(*_):
-        raise torch._dynamo.exc.BackendCompilerFailed(broken, RuntimeError("no C++ compiler"), None)
+        raise BackendCompilerFailed(broken, RuntimeError("no C++ compiler"), None)
 
     monkeypatch.setattr(SetMaker, "latents", broken)
     with pytest.raises(ConfigError, match=r"generate-sets\.compile: torch can't compile.*no C\+\+ compiler"):
