@@ -14,7 +14,7 @@ _END = object()
 _LOOK_EVERY = 0.1  # seconds, for a reader that nobody listens to any more
 
 
-def read_ahead(items: Iterator[Item], ahead: int = 2) -> Generator[Item]:
+def read_ahead(items: Iterator[Item], ahead: int = 2) -> Generator[Item, None, None]:
     """The items in their order, at most `ahead` of them taken before they are asked for; an error comes in its place.
 
     The thread ends with the items, or when this iterator is closed.
