@@ -36,7 +36,7 @@ CC12M_ROWS, PAPER_KEPT = 12_423_374, 12_237_187
 _LINE_LIMIT = 1 << 20  # characters; a longer "line" is no caption, and reading it whole could take all memory
 _BATCH = 8192
 _SMALL = 32 << 20  # bytes; a smaller source is counted before the first other process is up
-_ROW_GROUP = 65_536
+_ROW_GROUP, _REJECTED_ROW_GROUP = 65_536, 8192  # rows; rejected texts are long, and they wait for each other
 _UNPACK, _RECODE = "unpack it first", "convert it first, for example with iconv -f UTF-16 -t UTF-8"
 _NOT_UTF8 = {  # by their first bytes: read as UTF-8 they would give rows, none of them a caption
     b"\xff\xfe": ("UTF-16", _RECODE),
@@ -112,8 +112,8 @@ def filter_captions(config: FilterCaptions, run: StageRun) -> None:
     rows = undecoded = 0
     reasons: Counter[str] = Counter()
     with (
-        _TableWriter(run.out / CAPTIONS, _KEPT_COLUMNS) as kept,
-        _TableWriter(run.out / REJECTED, _REJECTED_COLUMNS) as rejected,
+        _TableWriter(run.out / CAPTIONS, _KEPT_COLUMNS, _ROW_GROUP) as kept,
+        _TableWriter(run.out / REJECTED, _REJECTED_COLUMNS, _REJECTED_ROW_GROUP) as rejected,
     ):
         read = read_rows(source, config.limit)
         for row, caption, tokens, reason in _judged(
@@ -331,8 +331,8 @@ def _open_captions(folder: Path) -> pq.ParquetFile:
 class _TableWriter:
     """Parquet in row groups of a fixed size, so that neither memory nor bytes depend on how rows arrive."""
 
-    def __init__(self, path: Path, columns: pa.Schema) -> None:
-        self._path, self._columns = path, columns
+    def __init__(self, path: Path, columns: pa.Schema, row_group: int) -> None:
+        self._path, self._columns, self._row_group = path, columns, row_group
         self._temporary = path.with_name(f".{path.name}.tmp")
         self._rows: list[tuple[Any, ...]] = []
         self.rows = 0
@@ -344,7 +344,7 @@ class _TableWriter:
     def write(self, row: tuple[Any, ...]) -> None:
         self._rows.append(row)
         self.rows += 1
-        if len(self._rows) == _ROW_GROUP:
+        if len(self._rows) == self._row_group:
             self._flush()
 
     def _flush(self) -> None:

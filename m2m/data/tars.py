@@ -95,14 +95,14 @@ class RemoteTar:
     def _info(self) -> dict[str, Any]:
         return _asked(self.url, "its size", lambda: self._file_system.info(self._path))
 
-    @cached_property
+    @property
     def size(self) -> int:
         size = self._info.get("size")
         if size is None:
             raise ArtifactError(f"{self.url}: the store does not say how long it is: ranges of it can't be read")
         return int(size)
 
-    @cached_property
+    @property
     def state(self) -> str:
         said = ("ETag", "etag", "LastModified", "mtime", "created", "size")
         return " ".join(f"{name}={self._info[name]}" for name in said if self._info.get(name) is not None)
@@ -175,6 +175,7 @@ def _asked(url: str, what: str, ask: Callable[[], Answer]) -> Answer:
     Raises:
         ArtifactError: there is no such thing, it may not be read, or all attempts failed; says which.
     """
+    failed: BaseException | None = None
     for attempt in range(_ATTEMPTS):
         if attempt:
             time.sleep(_FIRST_WAIT * 2 ** (attempt - 1))

@@ -36,7 +36,7 @@ def keyed_generator(namespace_seed: int, *key: int) -> np.random.Generator:
         if not 0 <= int(word) < _WORD:
             raise ValueError(f"{word} does not fit a word of 64 bits without sign")
     counter = [0, *(int(word) for word in reversed(key)), *[0] * (3 - len(key))]
-    philox = np.random.Philox(_NO_SEED)
+    philox = np.random.Philox(_NO_SEED)  # type: ignore[arg-type] (NumPy's stubs know of one kind of seeds)
     philox.state = {
         "bit_generator": "Philox",
         "state": {

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-Item, Begun, Done = TypeVar("Item"), TypeVar("Begun"), TypeVar("Done")
+Item = TypeVar("Item")
+Begun = TypeVar("Begun")
+Done = TypeVar("Done")
 
 
 def one_behind(

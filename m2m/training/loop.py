@@ -28,6 +28,7 @@ from m2m.training.checkpoints import Checkpoint
 from m2m.training.flops import training_flops
 from m2m.training.log import LOG, LogLine, best, decoded, encoded, is_spike, skipped_in_a_row, smoothed
 from m2m.training.objective import Objective, SetLoss
+from m2m.training.read_ahead import read_ahead
 from m2m.training.run_log import RunLog
 from m2m.training.settings import TrainingSettings
 from m2m.training.stopping import STOPPED, Stop, ignore_signals
@@ -184,16 +185,20 @@ class _Trainer:
     def run(self, plan: BatchPlan) -> Iterator[tuple[LogLine, int, float]]:
         """The steps after those already done, each with its sets and seconds (without its validation)."""
         start = len(self.log)
-        micro_batches = iter(
-            DataLoader(
-                self.data,  # type: ignore[arg-type]
-                batch_sampler=plan.reading_order(start),  # type: ignore[arg-type]
-                num_workers=self.settings.workers,
-                worker_init_fn=ignore_signals,
-                pin_memory=self.accelerator.device.type == "cuda",
-                generator=torch.Generator().manual_seed(0),  # its draws reach no result; leaves the global one alone
-            )
+        loader = DataLoader(
+            self.data,  # type: ignore[arg-type]
+            batch_sampler=plan.reading_order(start),  # type: ignore[arg-type]
+            num_workers=self.settings.workers,
+            worker_init_fn=ignore_signals,
+            pin_memory=self.accelerator.device.type == "cuda",
+            generator=torch.Generator().manual_seed(0),  # its draws reach no result; leaves the global one alone
         )
+        with contextlib.closing(read_ahead(iter(loader))) as micro_batches:
+            yield from self._steps(plan, start, micro_batches)
+
+    def _steps(
+        self, plan: BatchPlan, start: int, micro_batches: Iterator[Batch]
+    ) -> Iterator[tuple[LogLine, int, float]]:
         self.unet.train()
         for step, epoch, batch in plan.batches(start):
             began = time.monotonic()

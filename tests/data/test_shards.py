@@ -3,6 +3,8 @@
 import errno
 import io
 import pickle
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -145,6 +147,21 @@ def test_a_full_disk_leaves_no_half_shard(tmp_path, monkeypatch, share):
     assert list((tmp_path / "full" / "shards").iterdir()) == []
     write(tmp_path / "full", arrays())
     assert shard_faults(tmp_path / "full", 0) == []
+
+
+def test_a_file_that_may_not_grow_leaves_no_half_shard(tmp_path):
+    """A real limit of the system's, in a process of its own."""
+    limited = (
+        "import resource, sys; from pathlib import Path; from m2m.data.shards import ShardWriter\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        "with ShardWriter(Path(sys.argv[1]), 1, 'f') as writer:\n"
+        "    for i in range(10): writer.add(f'{i:09d}', {'latents.npy': bytes(9_000)})"
+    )
+    write(tmp_path, arrays())
+    before = sorted((tmp_path / "shards").iterdir())
+    done = subprocess.run([sys.executable, "-B", "-c", limited, str(tmp_path)], capture_output=True, text=True)
+    assert "00001.tar: can't be written: File too large. Nothing of this shard is left" in done.stderr
+    assert sorted((tmp_path / "shards").iterdir()) == before and shard_faults(tmp_path, 0) == []
 
 
 def test_an_index_is_made_again_from_its_tar(tmp_path):

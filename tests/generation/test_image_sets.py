@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.exc import BackendCompilerFailed
 
 from m2m.cli import main
 from m2m.config import identity, load_profile
@@ -230,15 +231,26 @@ def test_channels_last_makes_the_same_pictures_to_the_last_bits(make_profile, tm
     assert np.allclose(plain, last, atol=2e-2)
 
 
-@pytest.mark.slow
-def test_a_compiled_unet_makes_the_same_pictures_to_the_last_bits(make_profile, tmp_path):
-    plain, compiled = (SetMaker(config_of(make_profile(), *given), tmp_path) for given in ([], ["compile=true"]))
-    assert np.allclose(plain.latents(0, "a red square"), compiled.latents(0, "a red square"), atol=2e-2)
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_unet_makes_the_same_pictures_to_the_last_bits(make_profile, tmp_path, monkeypatch, backend):
+    """Traced and run as traced; compiled to C++ too where there are minutes for it."""
+    compiling, asked = torch.nn.Module.compile, []
+
+    def compiled_by(module, **kwargs):
+        asked.append(type(module).__name__)
+        compiling(module, backend=backend, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled_by)
+    plain, compiled = (
+        SetMaker(config_of(make_profile(), *given), tmp_path).latents(0, "a red square")
+        for given in ([], ["compile=true"])
+    )
+    assert asked == ["UNet2DConditionModel"] and np.allclose(plain, compiled, atol=2e-2)
 
 
 def test_a_unet_that_cannot_be_compiled_ends_the_run(make_profile, tmp_path, monkeypatch):
     def broken(*_):
-        raise torch._dynamo.exc.BackendCompilerFailed(broken, RuntimeError("no C++ compiler"), None)
+        raise BackendCompilerFailed(broken, RuntimeError("no C++ compiler"), None)
 
     monkeypatch.setattr(SetMaker, "latents", broken)
     with pytest.raises(ConfigError, match=r"generate-sets\.compile: torch can't compile.*no C\+\+ compiler"):
