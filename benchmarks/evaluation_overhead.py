@@ -26,7 +26,7 @@ from m2m.evaluation.planted import WorldSets
 from m2m.evaluation.protocol import Sampler
 from m2m.evaluation.table import evaluate_table_1
 from m2m.models.text_to_image import load_ddim, load_dino, load_vae
-from m2m.models.unet import VARIANTS, Variant
+from m2m.models.unet import VARIANTS
 from m2m.pipelines.many_to_many import ManyToManyPipeline
 from m2m.progress import Progress
 from m2m.stage_run import StageRun
@@ -102,7 +102,7 @@ def _draw_sets(folder: Path, count: int) -> None:
     )
 
 
-def _shipped(variant: Variant, weights: Path) -> ManyToManyPipeline:
+def _shipped(variant: str, weights: Path) -> ManyToManyPipeline:
     """The shipped checkpoint that the tiny profile's training starts from."""
     dino = load_dino(weights / "dinov2") if variant == "dino" else None
     width = None if dino is None else dino.config.hidden_size

@@ -6,12 +6,9 @@ Belongs here: opening them and turning pictures into features. Not here: what is
 
 import hashlib
 import importlib
-import importlib.util
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -151,12 +148,19 @@ class InceptionBackbone:
             ConfigError: torch-fidelity is not installed.
             InputError: other weights, or no way to get them.
         """
-        inception = _inception_module()
+        try:
+            inception = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+        except ImportError:
+            raise ConfigError(
+                "backbone inception-v3 needs torch-fidelity with torchvision: pip install torch-fidelity "
+                "(or set backbone to classifier, for the tiny world)"
+            ) from None
         self._model = inception.FeatureExtractorInceptionV3(
             "inception-v3-compat",
             [str(features), "logits_unbiased"],
             feature_extractor_weights_path=str(inception_weights(weights, inception.URL_INCEPTION_V3)),
         ).to(start_compute(compute))
+        self._model.eval()  # torch-fidelity leaves that to its caller; else a batch changes its pictures' features
         self._device = compute.device
 
     @torch.inference_mode()
@@ -164,25 +168,6 @@ class InceptionBackbone:
         """uint8 (n, 3, H, W) -> features (n, D) and logits (n, 1008) on the CPU; resized without antialiasing."""
         features, logits = self._model(pictures.to(self._device))
         return features.cpu(), logits.cpu()
-
-
-def _inception_module() -> Any:
-    """torch-fidelity's Inception alone: the package as a whole imports torchvision, which Inception does not need.
-
-    Raises:
-        ConfigError: torch-fidelity is not installed.
-    """
-    spec = importlib.util.find_spec("torch_fidelity")
-    if spec is None or spec.submodule_search_locations is None:
-        raise ConfigError(
-            "backbone inception-v3 needs torch-fidelity, which is not installed: pip install --no-deps torch-fidelity "
-            "(or set backbone to classifier, for the tiny world)"
-        )
-    if "torch_fidelity" not in sys.modules and importlib.util.find_spec("torchvision") is None:
-        package = ModuleType("torch_fidelity")
-        package.__path__ = list(spec.submodule_search_locations)
-        sys.modules["torch_fidelity"] = package
-    return importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
 
 
 def inception_weights(given: Path | None, url: str) -> Path:

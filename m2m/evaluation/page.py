@@ -112,9 +112,9 @@ def _environment(width: int) -> jinja2.Environment:
 
 
 def _numeric_columns(rows: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Columns that hold numbers alone, or numbers written out such as "9.56 ± 1.21"."""
+    """Columns that hold numbers alone, or numbers written out such as "9.56 ± 1.21" or "-3e-17"."""
     return {
-        column for column in rows[0] if all(re.fullmatch(r"[-–+]?[\d., ±%]*", cell(row.get(column))) for row in rows)
+        column for column in rows[0] if all(re.fullmatch(r"[-–+]?[-+\d., ±%e]*", cell(row.get(column))) for row in rows)
     }
 
 

@@ -30,6 +30,7 @@ from m2m.stage_run import StageRun
 
 METRICS = "metrics.json"
 _PARTS = ".parts"
+_SEEN_TOGETHER = 128  # pictures
 
 
 class Sampling(Settings):
@@ -352,8 +353,9 @@ def at_size(pictures: Tensor, size: int) -> Tensor:
 
 
 def each_picture(look: Callable[[Tensor], Tensor], pictures: Tensor) -> Tensor:
-    """Apply what takes (n, 3, H, W) to (B, n, 3, H, W); (B, n, ...)."""
-    return look(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2])
+    """Apply what takes (n, 3, H, W) to (B, n, 3, H, W); (B, n, ...). So many at a time that long rollouts fit, too."""
+    seen = [look(part) for part in pictures.flatten(0, 1).split(_SEEN_TOGETHER)]
+    return torch.cat(seen).unflatten(0, pictures.shape[:2])
 
 
 def _to_bytes(pictures: Any) -> Tensor:

@@ -74,7 +74,7 @@ class Table1(EvaluationConfig):
         missing = self.backbone == "inception-v3" and importlib.util.find_spec("torch_fidelity") is None
         return [
             *super().preview(root, variant),
-            f"backbone: {self.backbone}" + (" (not here: pip install --no-deps torch-fidelity)" if missing else ""),
+            f"backbone: {self.backbone}" + (" (not installed here: pip install torch-fidelity)" if missing else ""),
             f"{self.sets:,} sets, {self.num_images} images after {self.preceding}, two models: "
             f"{self.sets * self.num_images * 2:,} images",
         ]

@@ -1,5 +1,8 @@
 """The reasoning inside the protocols, against simulations and independent computations."""
 
+import hashlib
+import sys
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from m2m.config import Compute
 from m2m.errors import InputError
+from m2m.evaluation import encoders
 from m2m.evaluation.consistency import asked_and_free
 from m2m.evaluation.encoders import Clip, Reader, inception_weights
 from m2m.evaluation.grids import write_grid
@@ -146,6 +150,32 @@ def test_inception_is_known_by_its_hash(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     with pytest.raises(InputError, match="set inception to it"):
         inception_weights(None, (tmp_path / "nowhere").as_uri())
+
+
+def test_inceptions_features_of_a_picture_do_not_depend_on_its_batch(tmp_path, monkeypatch):
+    """torch-fidelity's extractor comes in training mode. It needs torchvision: a stand-in with its interface."""
+
+    class Extractor(torch.nn.Module):
+        def __init__(self, name, features_list, feature_extractor_weights_path):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm2d(3)
+
+        def forward(self, pictures):
+            normal = self.norm(pictures.float())
+            return normal.mean((2, 3)), normal.amax((2, 3))
+
+    name = "torch_fidelity.feature_extractor_inceptionv3"
+    module: Any = ModuleType(name)
+    module.FeatureExtractorInceptionV3, module.URL_INCEPTION_V3 = Extractor, "unused"
+    monkeypatch.setitem(sys.modules, "torch_fidelity", ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, name, module)
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"weights")
+    monkeypatch.setattr(encoders, "_INCEPTION_SHA256", hashlib.sha256(b"weights").hexdigest()[:8])
+    backbone = encoders.InceptionBackbone(weights, 64, CPU)
+    pictures = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    for whole, alone in zip(backbone(pictures), backbone(pictures[2:3])):
+        torch.testing.assert_close(whole[2:3], alone)
 
 
 def test_a_grid_is_the_same_bytes_and_keeps_its_pictures(tmp_path):

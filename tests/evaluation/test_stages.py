@@ -109,7 +109,7 @@ def test_table_1_refuses_fewer_sets_than_features(evaluate):
 
 
 def test_inception_without_torch_fidelity_says_what_to_install(evaluate):
-    with pytest.raises(ConfigError, match="pip install --no-deps torch-fidelity"):
+    with pytest.raises(ConfigError, match="pip install torch-fidelity"):
         evaluate("table_1", backbone="inception-v3")
 
 
