@@ -40,7 +40,7 @@ def take_away(how: str, job: str) -> None:
     Slurm itself leaves a job that it took back in the queue for two minutes; in the second in which it was ended, its
     node would refuse it.
     """
-    node = slurm("squeue", "-h", "-j", job, "-o", "%N")
+    node, again = slurm("squeue", "-h", "-j", job, "-o", "%N"), ["starttime=now+2"]
     match how:
         case "requeue":
             slurm("scontrol", "requeue", job)
@@ -49,11 +49,13 @@ def take_away(how: str, job: str) -> None:
             slurm("sbatch", "--gres=gpu:8", "--mem=100M", "--job-name=urgent", *whole_node, "--wrap=sleep 1")
         case "node down":
             slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
-            wait_for(lambda: slurm("squeue", "-h", "-j", job, "-o", "%T") != "RUNNING")
-            # it may have come back by itself
-            subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], check=False, capture_output=True)
+            again.append(f"excnodelist={node}")  # here it is back at once, before it has ended what it ran
     wait_for(lambda: slurm("squeue", "-h", "-j", job, "-o", "%T") == "PENDING")
-    slurm("scontrol", "update", f"jobid={job}", "starttime=now+2")
+    slurm("scontrol", "update", f"jobid={job}", *again)
+    if how == "node down":
+        # it may have come back by itself
+        subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], check=False, capture_output=True)
+        wait_for(lambda: slurm("sinfo", "-h", "-p", "gpu", "-n", node, "-o", "%T") in ("idle", "mixed"))
 
 
 def at_its_limit(job: str, seconds: int = 90) -> None:
