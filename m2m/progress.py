@@ -101,7 +101,7 @@ class PipesProgress(Progress):
         planned: Callable[[], Mapping[str, float | str]] = dict,
     ) -> None:
         summary = read_summary(folder) if (folder / "summary.json").exists() else Summary()
-        metadata = pipes_metadata(manifest, summary, folder) | lead(manifest, folder) | planned()
+        metadata = pipes_metadata(manifest, summary, folder) | lead(manifest, folder) | dict(planned())
         metadata["made_by_this_run"] = {"raw_value": fresh, "type": "bool"}
         self._context.report_asset_materialization(metadata=metadata, data_version=manifest.fingerprint)
         for name, why in summary.checks.items():
@@ -166,7 +166,10 @@ def lead(manifest: Manifest, folder: Path) -> dict[str, Any]:
     rows += [f"| {of.setting} | {of.path or 'a source'} | `{of.digest[:16]}` |" for of in made.sources]
     git = made.run.get("git", {})
     changed = " with changes that were not committed" if git.get("dirty") else ""
-    told = {"manifest": manifest.digest[:16], "code": f"{git.get('revision') or 'not recorded'}{changed}"}
+    told: dict[str, Any] = {
+        "manifest": manifest.digest[:16],
+        "code": f"{git.get('revision') or 'not recorded'}{changed}",
+    }
     if rows:
         told["made_from"] = {"raw_value": "\n".join(["| | | |", "| --- | --- | --- |", *rows]), "type": "md"}
     return told | {"trace": f"python -m m2m trace {folder}"}
