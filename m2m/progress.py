@@ -101,8 +101,7 @@ class PipesProgress(Progress):
         planned: Callable[[], Mapping[str, float | str]] = dict,
     ) -> None:
         summary = read_summary(folder) if (folder / "summary.json").exists() else Summary()
-        metadata = pipes_metadata(manifest, summary, folder) | lead(manifest, folder)
-        metadata.update(planned())
+        metadata = pipes_metadata(manifest, summary, folder) | lead(manifest, folder) | dict(planned())
         metadata["made_by_this_run"] = {"raw_value": fresh, "type": "bool"}
         self._context.report_asset_materialization(metadata=metadata, data_version=manifest.fingerprint)
         for name, why in summary.checks.items():

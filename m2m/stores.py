@@ -126,9 +126,10 @@ def main(args: argparse.Namespace) -> None:
 def _open(url: str, stage: Stage, profile: str) -> tuple[Any, str]:
     """The file system, and the folder of a stage's versions in it."""
     import fsspec
+    from fsspec.utils import get_protocol
 
     options: dict[str, Any] = {"use_listings_cache": False}
-    if fsspec.utils.get_protocol(url) == "file":
+    if get_protocol(url) == "file":
         options["auto_mkdir"] = True
     fs, root = fsspec.url_to_fs(url, **options)
     return fs, posixpath.join(root, profile, stage.command, *([stage.variant] if stage.variant else []))

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def _s3_server(request, tmp_path_factory):
 
 
 @pytest.fixture
-def s3(_s3_server, tmp_path, monkeypatch) -> seaweedfs.S3:
+def s3(_s3_server, tmp_path, monkeypatch) -> Iterator[seaweedfs.S3]:
     """A real S3 server with an empty bucket `m2m`, known to every S3 client of the test by the usual variables."""
     import s3fs
 

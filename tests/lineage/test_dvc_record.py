@@ -151,7 +151,8 @@ def test_an_experiment_is_a_commit_of_dvcs_with_its_figures(project, dvc_runs_to
     record_all(project, DvcRecorder(root, git=True))
     with Repo(str(root)) as repo:
         (name,) = repo.experiments.run(params=["configs/tiny.yaml:evaluate.value=70"])
-        figures = repo.metrics.diff(a_rev="HEAD", b_rev=name)["diff"]["outputs/tiny/evaluate/table_1/summary.json"]
+        compared: Any = repo.metrics.diff(a_rev="HEAD", b_rev=name)
+    figures = compared["diff"]["outputs/tiny/evaluate/table_1/summary.json"]
     assert (figures["figures.fid_self"]["old"], figures["figures.fid_self"]["new"]) == (10.5, 105.0)
     assert git(root, "status", "--porcelain").split() == ["M", "configs/tiny.yaml", "M", "dvc.lock"]
 
