@@ -81,8 +81,8 @@ class Team:
             yield
         except BaseException as error:
             if self._heard:
-                asked = isinstance(error, SystemExit) and isinstance(error.code, int)
-                self.tell(_Failed(str(error), error.code if asked else None))
+                code = error.code if isinstance(error, SystemExit) else None
+                self.tell(_Failed(str(error), code if isinstance(code, int) else None))
             raise
 
     @contextlib.contextmanager

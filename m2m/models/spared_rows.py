@@ -10,7 +10,7 @@ from typing import Any
 from diffusers import Transformer2DModel, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def spare_rows(unet: UNet2DConditionModel) -> None:
@@ -33,7 +33,11 @@ def spare_rows(unet: UNet2DConditionModel) -> None:
 
 
 class _Block(BasicTransformerBlock):
-    """diffusers' block as Stable Diffusion has it."""
+    """diffusers' block as Stable Diffusion has it, where no part is left out."""
+
+    norm2: nn.Module
+    norm3: nn.Module
+    attn2: nn.Module
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, encoder_hidden_states: Any = None, *_, **__
