@@ -6,7 +6,7 @@ follows. Not here: manifests (`kubernetes_manifests`), logs (`kubernetes_logs`),
 The parts of dagster-k8s' `PipesK8sClient` are used (how it finds its cluster, how it reads a log) and not its `run`:
 that starts a bare pod, which nobody starts again when its node is lost, and which a later run could not take up.
 """
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import contextlib
 import math
