@@ -83,8 +83,8 @@ evaluate_what_is_new = dg.AutomationConditionSensorDefinition(
 def failed_runs(context: dg.RunFailureSensorContext, people: People) -> None:
     """A run that was cancelled is nobody's news."""
     run = context.dagster_run
-    steps = [(e.step_key, e.event_specific_data) for e in context.get_step_failure_events()]
-    errors = [f"{step}: {_last_line(data.error.message)}" for step, data in steps if data and data.error]
+    failures = {event.step_key: event.step_failure_data.error for event in context.get_step_failure_events()}
+    errors = [f"{step}: {_last_line(error.message)}" for step, error in failures.items() if error]
     again = ["It is launched again by itself."] if run.tags.get("dagster/will_retry") == "true" else []
     told = [*(errors or [context.failure_event.message or ""]), *again, *_page(run.run_id)]
     people.tell(f"m2m: run {run.run_id[:8]} of {run.job_name} failed", "\n".join(told))

@@ -6,6 +6,7 @@ follows. Not here: manifests (`kubernetes_manifests`), logs (`kubernetes_logs`),
 The parts of dagster-k8s' `PipesK8sClient` are used (how it finds its cluster, how it reads a log) and not its `run`:
 that starts a bare pod, which nobody starts again when its node is lost, and which a later run could not take up.
 """
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import contextlib
 import math
@@ -113,15 +114,19 @@ class KubernetesLauncher(dg.ConfigurableResource):
 
     def end_orphans(self, instance: dg.DagsterInstance) -> list[str]:
         """Delete jobs whose run has been over for a while; returns their names. Another Dagster's are left alone."""
-        cluster = self._cluster()
-        orphans = [
-            found.metadata.name
-            for found in cluster.jobs(RUN_LABEL)
-            if not _has_ended(found) and is_over(instance, found.metadata.labels[RUN_LABEL], self.orphan_seconds)
-        ]
-        for name in orphans:
-            cluster.delete(name)
-        return orphans
+        with contextlib.suppress(dg.Failure):  # no cluster answers: the next tick asks again
+            cluster = self._cluster()
+            with cluster.clear_refusals():
+                jobs = cluster.jobs(RUN_LABEL)
+            orphans = [
+                found.metadata.name
+                for found in jobs
+                if not _has_ended(found) and is_over(instance, found.metadata.labels[RUN_LABEL], self.orphan_seconds)
+            ]
+            for name in orphans:
+                cluster.delete(name)
+            return orphans
+        return []
 
     def _parts(self, shards: Sequence[str] | None) -> list[Sequence[str] | None]:
         if shards is None:
@@ -157,7 +162,7 @@ class _Cluster:
 
     def left_by_an_earlier_run(self, context: dg.AssetExecutionContext, commands: str) -> tuple[str, str] | None:
         """A job that does what is wanted and that nobody follows any more, and the run that launched it."""
-        with self._clear_refusals():
+        with self.clear_refusals():
             jobs = self.jobs(f"{LAUNCH_LABEL}={commands}")
         for found in jobs:
             run = found.metadata.labels[RUN_LABEL]
@@ -198,7 +203,7 @@ class _Cluster:
             partitioned=stage.partitioned,
             at_once=launcher.tasks_at_once,
         )
-        with self._clear_refusals():
+        with self.clear_refusals():
             made = self.batch.create_namespaced_job(self.namespace, manifest)
             if manifest["spec"]["template"]["spec"].get("subdomain"):
                 self.core.create_namespaced_service(self.namespace, service(name, labels, settings, made.metadata.uid))
@@ -296,7 +301,7 @@ class _Cluster:
         return []
 
     @contextlib.contextmanager
-    def _clear_refusals(self) -> Iterator[None]:
+    def clear_refusals(self) -> Iterator[None]:
         """A cluster that says no, or nothing at all, as a failure that says what to set."""
         import kubernetes
         import urllib3

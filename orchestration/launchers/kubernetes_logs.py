@@ -2,6 +2,7 @@
 
 Belongs here: following several pods as one speaker. Not here: what the messages mean (`outcome`).
 """
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import threading
 from collections.abc import Callable, Iterator

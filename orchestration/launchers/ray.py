@@ -6,6 +6,7 @@ Not here: what the job does on the cluster (`ray_driver`), what an end means to 
 Over dagster-ray's `PipesRayJobClient`. Messages go by files and not through the job's log: Ray cuts a log into pieces
 of 20,000 characters, and a message that holds a picture is longer.
 """
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import contextlib
 import json

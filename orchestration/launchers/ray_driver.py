@@ -4,6 +4,7 @@ Belongs here: asking Ray for what a stage needs and starting its commands there.
 A part of a range of shards is a task, which Ray starts again on another node when its own is lost. A training on
 several nodes has a task on each, started together. A process ends with the task that started it, however that ends.
 """
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import json
 import os

@@ -7,7 +7,7 @@ root=${M2M_SERVICES:-$here/.services}/ray
 tmp=$(cat "$root/tmp")
 mine() {
   for process in /proc/[0-9]*; do
-    tr '\0' ' ' <"$process/cmdline" 2>/dev/null | grep -qF "$tmp" && echo "${process#/proc/}"
+    { tr '\0' ' ' <"$process/cmdline" | grep -qF "$tmp"; } 2>/dev/null && echo "${process#/proc/}"
   done
   return 0
 }

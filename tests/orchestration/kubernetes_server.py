@@ -4,6 +4,7 @@ Written from the API's published behaviour, as far as this project uses it: inde
 with their phases and conditions, logs that are followed, headless Services, labels, deletion with a grace period.
 Manifests that come in are held against the official schemas. No real cluster stands behind it.
 """
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
 
 import contextlib
 import datetime

@@ -1,4 +1,5 @@
 """The real web server and daemon over the toy pipeline, and a headless Chromium, for the tests marked `services`."""
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
 
 import contextlib
 import json
@@ -13,12 +14,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from conftest import ROOT, Ground
 
-Found = TypeVar("Found")
 CHROMIUM = os.environ.get("M2M_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -102,7 +102,7 @@ def dagster(folder: Path, environment: dict[str, str], module: str = "toy_defini
         yield served
 
 
-def wait_for(happens: Callable[[], Found], seconds: float = 60) -> Found:
+def wait_for(happens: Callable[[], Any], seconds: float = 60) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := happens()):
         assert time.monotonic() < deadline, "it did not happen"

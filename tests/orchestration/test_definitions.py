@@ -92,7 +92,7 @@ def test_code_can_be_linked_to_its_repository(monkeypatch):
 
 def test_the_report_grows_old():
     policy = defs.resolve_asset_graph().get(dg.AssetKey("evaluation_report")).freshness_policy
-    assert isinstance(policy, TimeWindowFreshnessPolicy)
+    assert isinstance(policy, TimeWindowFreshnessPolicy) and policy.warn_window
     assert (policy.warn_window.to_timedelta().days, policy.fail_window.to_timedelta().days) == (7, 14)
 
 

@@ -1,4 +1,5 @@
 """Stages as Kubernetes Jobs: real processes, real Pipes over followed logs, on an API server of the tests."""
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false, reportCallIssue=false
 
 import dataclasses
 import sys

@@ -1,4 +1,5 @@
 """Stages as jobs of a real Ray cluster on loopback (`services/ray/up.sh`)."""
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
 
 import dataclasses
 import importlib.util

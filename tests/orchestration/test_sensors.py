@@ -1,6 +1,8 @@
 """What the daemon looks after: captions that change, models that are new, runs and checks that fail."""
+# pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportArgumentType=false
 
 import time
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -44,7 +46,7 @@ def caption_source(tmp_path, monkeypatch):
     return source
 
 
-def look(instance, cursor=None):
+def look(instance, cursor=None) -> Any:
     context = dg.build_sensor_context(instance, cursor=cursor)
     return sensors.new_captions(context)
 
@@ -159,9 +161,10 @@ def test_people_hear_of_a_failed_run(instance, monkeypatch):
 
 
 def test_people_hear_of_a_check_that_does_not_hold_once(instance):
-    def tick(cursor, people):
+    def tick(cursor, people) -> Any:
         context = dg.build_sensor_context(instance, cursor=cursor)
-        return sensors.failed_checks(context, people=people).cursor
+        result: Any = sensors.failed_checks(context, people=people)
+        return result.cursor
 
     failing_run(instance)
     with webhook() as hook:
