@@ -6,6 +6,7 @@ Belongs here: automation conditions, freshness policies. Not here: the sensor th
 
 import os
 from datetime import timedelta
+from typing import Any
 
 import dagster as dg
 
@@ -15,20 +16,21 @@ _MODELS = dg.AssetSelection.groups("models")
 _EVALUATIONS = dg.AssetSelection.groups("evaluation")
 
 
-def _renewed(inputs: dg.AssetSelection) -> dg.AutomationCondition:
+def _renewed(inputs: dg.AssetSelection, label: str) -> dg.AutomationCondition:
     """Of the asset's inputs only these count: one was made anew by another run, and all are there with their checks."""
     condition = dg.AutomationCondition
-    return (
+    renewed: Any = (
         condition.any_deps_updated().allow(inputs).since_last_handled()
         & condition.all_deps_blocking_checks_passed().allow(inputs)
         & ~condition.any_deps_missing().allow(inputs)
         & ~condition.any_deps_in_progress().allow(inputs)
         & ~condition.in_progress()
     )
+    return renewed.with_label(label)
 
 
-WHEN_TRAINED = _renewed(_MODELS).with_label("a model it evaluates is new, and the checks of all of them hold")
-WHEN_EVALUATED = _renewed(_EVALUATIONS).with_label("an evaluation is new, and the checks of all of them hold")
+WHEN_TRAINED = _renewed(_MODELS, "a model it evaluates is new, and the checks of all of them hold")
+WHEN_EVALUATED = _renewed(_EVALUATIONS, "an evaluation is new, and the checks of all of them hold")
 
 
 def report_freshness() -> dg.FreshnessPolicy:

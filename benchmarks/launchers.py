@@ -79,7 +79,8 @@ def _overhead(folder: Path, kind: str, repeats: int) -> float:
     from orchestration.launchers.chosen import LAUNCHERS
 
     notes = folder / f"{kind}.times"
-    launcher = LAUNCHERS[kind](command=["/bin/bash", "-c", _CLOCK, str(notes), sys.executable, "-m", "m2m"])
+    launcher_class: Any = LAUNCHERS[kind]
+    launcher = launcher_class(command=["/bin/bash", "-c", _CLOCK, str(notes), sys.executable, "-m", "m2m"])
     spent: list[float] = []
 
     class Timed:

@@ -315,7 +315,7 @@ class _Cluster:
                 403: f"the account may not do that in namespace {self.namespace}: give it a role for jobs, pods, "
                 "pods/log and services",
                 404: f"there is no namespace {self.namespace}",
-            }.get(error.status, "the cluster refuses the job")
+            }.get(int(error.status or 0), "the cluster refuses the job")
             raise _failure(f"{meant}: {said}. Set the launcher's settings (M2M_LAUNCHER)") from None
         except urllib3.exceptions.HTTPError as error:
             host = self.batch.api_client.configuration.host

@@ -1,6 +1,7 @@
 """Fewer rows at the U-Net's beginning and end, the same predictions, contexts and gradients."""
 
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,10 @@ from tests.models.conftest import SMALL
 @contextmanager
 def all_rows(unet: ManyToManyUNet):
     """The U-Net as diffusers has it: all rows go from its beginning to its end."""
-    kinds = [(module, type(module)) for module in unet.modules()]
-    for module, _ in kinds:
+    kinds: list[tuple[Any, type]] = [(module, type(module)) for module in unet.modules()]
+    for module, kind in kinds:
         for plain in (Transformer2DModel, BasicTransformerBlock):
-            if isinstance(module, plain):
+            if issubclass(kind, plain):
                 module.__class__ = plain
     yield
     for module, kind in kinds:

@@ -40,7 +40,7 @@ def test_given_and_made_images_are_read_noised_and_the_clean_stream_is_told(make
 
     context = read(pipeline.encode(pictures()[0])[None])
     for number in range(3):
-        scheduler = pipeline.scheduler
+        scheduler: Any = pipeline.scheduler
         scheduler.set_timesteps(STEPS)
         z = start[:, number] * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
