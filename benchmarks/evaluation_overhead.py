@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from m2m.cli import open_profile
+from m2m.arguments import open_profile
 from m2m.data.sets import LATENTS, SetsIndex, SetTable, picture_name, write_index
 from m2m.data.shards import ShardWriter, npy_bytes
 from m2m.evaluation.encoders import ClassifierBackbone, Clip

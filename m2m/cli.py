@@ -1,6 +1,6 @@
 """The command line: `python -m m2m STAGE ...` and the tools beside the stages.
 
-Belongs here: arguments, exit codes. Not here: what a command does.
+Belongs here: the commands and their arguments. Not here: what a command does, what all share (`m2m.arguments`).
 """
 
 import argparse
@@ -11,15 +11,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 from m2m import processes
-from m2m.config import Profile, load_profile
+from m2m.arguments import EXIT_BAD_INPUT, add_profile_argument, open_profile, parse_shards
+from m2m.config import Profile
 from m2m.errors import M2MError
 from m2m.progress import Progress, open_progress
 from m2m.stage_run import run_stage
 from m2m.stages import STAGES, Stage, commands, find_stage
-from m2m.training.stopping import STOPPED, ending_when_asked
-
-EXIT_BAD_INPUT = 2
-EXIT_CALL_AGAIN = STOPPED  # stopped by a signal, and the same command goes on from what is whole
+from m2m.training.stopping import ending_when_asked
 
 _TRAINED = "models"  # the group of stages that are trained: long, with checkpoints, by several processes
 # tool name -> (module with `add_arguments(parser)` and `main(args) -> int | None`, one line of help)
@@ -84,27 +82,6 @@ def _parser(tool: str | None) -> argparse.ArgumentParser:
         if name == tool:
             importlib.import_module(module).add_arguments(sub)
     return parser
-
-
-def add_profile_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="PROFILE", help="a file of configs/ or its name; M2M_PROFILE or tiny else")
-
-
-def open_profile(name: str | None) -> Profile:
-    """The profile a command was given, refused where it names stages that there are not."""
-    return load_profile(name, known=commands())
-
-
-def parse_shards(text: str) -> list[int]:
-    """`0-3,7` -> [0, 1, 2, 3, 7]."""
-    found: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        try:
-            found.update(range(int(first), int(last if dash else first) + 1))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{part!r} is no shard number or range such as 0-3") from None
-    return sorted(found)
 
 
 def _run_stage_command(args: argparse.Namespace, arguments: Sequence[str]) -> int:

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from m2m import artifacts
+from m2m.arguments import add_profile_argument
 from m2m.errors import ArtifactError, InputError, M2MError
 from m2m.model_card import card, licence_of, measured
 from m2m.provenance import Made, find_output, trace
@@ -87,8 +88,6 @@ def upload(folder: Path, repo: str, *, private: bool = False, endpoint: str | No
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from m2m.cli import add_profile_argument
-
     add_profile_argument(parser)
     parser.add_argument("model", help="a trained model: its folder or its stage, for example pretrain@self")
     parser.add_argument("--out", type=Path, help="folder to write (default: exported/NAME)")

@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Sequence
 
 from m2m import artifacts
+from m2m.arguments import EXIT_BAD_INPUT, add_profile_argument, open_profile
 from m2m.config import Profile
 from m2m.errors import M2MError
 from m2m.stages import STAGES, Stage, resources
@@ -38,8 +39,6 @@ def dry_run(stage: Stage, profile: Profile, overrides: Sequence[str] = ()) -> li
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from m2m.cli import add_profile_argument
-
     add_profile_argument(parser)
     parser.add_argument("--efficiency", type=_share, default=0.4, help="share of a GPU's peak that is reached (0.4)")
     parser.add_argument("--gpus", type=int, help="that sharded stages are spread over; the largest launch's by default")
@@ -52,7 +51,6 @@ def main(args: argparse.Namespace) -> int:
 
     The figures are kept for the assets (`m2m.planned`).
     """
-    from m2m.cli import EXIT_BAD_INPUT, open_profile
     from m2m.costs import Costs, cost_lines
     from m2m.planned import remember_plan
 

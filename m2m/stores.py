@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from m2m import artifacts
+from m2m.arguments import add_profile_argument, open_profile
 from m2m.artifacts import MANIFEST, FileRecord, Manifest
 from m2m.errors import ArtifactError, M2MError
 from m2m.stages import STAGES, Stage, find_stage
@@ -98,8 +99,6 @@ def advice(said: str) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from m2m.cli import add_profile_argument
-
     parser.add_argument("action", choices=("send", "fetch"))
     add_profile_argument(parser)
     parser.add_argument("stage", help="for example generate-sets or pretrain@self")
@@ -109,8 +108,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Send or fetch one output."""
-    from m2m.cli import open_profile
-
     profile = open_profile(args.config)
     command, _, variant = args.stage.partition("@")
     stage = find_stage(command, variant or None)

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from m2m.arguments import add_profile_argument
 from m2m.errors import ConfigError
 from m2m.provenance import Made, find_output, flat, trace, verify
 
@@ -56,8 +57,6 @@ def as_json(made: Made) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from m2m.cli import add_profile_argument
-
     add_profile_argument(parser)
     told = "an output's folder, a file in it (a report, a checkpoint), or a stage, for example report or pretrain@self"
     parser.add_argument("result", nargs="?", help=told)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from m2m.cli import main, parse_shards
+from m2m.arguments import parse_shards
+from m2m.cli import main
 
 
 def test_shards_are_numbers_and_ranges():

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from m2m.arguments import EXIT_BAD_INPUT, add_profile_argument, open_profile
 from m2m.config import Profile, resolve
 from m2m.data.coco import CocoSets
 from m2m.data.objaverse import ObjaverseViews
@@ -21,8 +22,6 @@ _NAMED = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from m2m.cli import add_profile_argument
-
     add_profile_argument(parser)
     parser.add_argument("kind", nargs="?", choices=KINDS, help="with a path: one data set; without: the profile's own")
     parser.add_argument("path", nargs="?", type=Path, help="the folder; coco: instances_*.json")
@@ -36,8 +35,6 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: a kind without its path.
     """
-    from m2m.cli import EXIT_BAD_INPUT, open_profile
-
     if args.kind and (args.path is None or (args.kind == "coco" and args.images is None)):
         raise ConfigError(f"data {args.kind}: give its path{' and --images' if args.kind == 'coco' else ''}")
     wanted = [(args.kind, args.path, args.images)] if args.kind else list(_of_profile(open_profile(args.config)))

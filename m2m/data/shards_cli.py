@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
+from m2m.arguments import add_profile_argument, open_profile, parse_shards
 from m2m.config import Profile
 from m2m.data.shard_reader import ShardReader
 from m2m.data.shard_repair import find_damage, repair, shard_numbers
@@ -19,8 +20,6 @@ _STAGES = [stage.key for stage in STAGES.values() if stage.partitioned]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from m2m.cli import add_profile_argument
-
     parser.add_argument("action", choices=("list", "show", "verify", "repair", "attach"))
     add_profile_argument(parser)
     parser.add_argument("stage", nargs="?", default=_STAGES[0], choices=_STAGES)
@@ -42,8 +41,6 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         ArtifactError: there are no shards, or those asked for.
     """
-    from m2m.cli import open_profile
-
     stage = STAGES[args.stage]
     profile = open_profile(args.config)
     if args.action == "attach":
@@ -153,8 +150,6 @@ def show(out: Path, numbers: list[int], sets: int, images: int, output: Path) ->
 
 
 def _asked(asked: str) -> list[int]:
-    from m2m.cli import parse_shards
-
     try:
         return parse_shards(asked)
     except argparse.ArgumentTypeError as error:

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from assets_defs.launching import Launch, Results
 from assets_defs.profile import PROFILE
-from m2m.cli import EXIT_CALL_AGAIN
+from m2m.arguments import EXIT_CALL_AGAIN
 from m2m.config import Resources
 from m2m.stages import Stage, resources
 from orchestration.launchers.following import digest, is_over, nobody_follows

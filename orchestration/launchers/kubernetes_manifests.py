@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from m2m.cli import EXIT_CALL_AGAIN
+from m2m.arguments import EXIT_CALL_AGAIN
 from m2m.config import Resources
 
 RUN_LABEL, LAUNCH_LABEL, INDEX_LABEL = "m2m/run", "m2m/launch", "batch.kubernetes.io/job-completion-index"

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import dagster as dg
 
 from assets_defs.launching import Launch, Results
-from m2m.cli import EXIT_CALL_AGAIN
+from m2m.arguments import EXIT_CALL_AGAIN
 from m2m.config import Profile
 from m2m.stages import Stage
 

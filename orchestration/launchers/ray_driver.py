@@ -17,7 +17,7 @@ from typing import Any
 
 from dagster_pipes import DAGSTER_PIPES_MESSAGES_ENV_VAR, encode_param
 
-from m2m.cli import EXIT_CALL_AGAIN
+from m2m.arguments import EXIT_CALL_AGAIN
 from orchestration.launchers import die_with_parent
 from orchestration.launchers.messages import message_parameters
 

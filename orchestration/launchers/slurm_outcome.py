@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from m2m.cli import EXIT_CALL_AGAIN
+from m2m.arguments import EXIT_CALL_AGAIN
 from m2m.config import Resources
 from m2m.stages import Stage
 from orchestration.launchers import slurm_jobs

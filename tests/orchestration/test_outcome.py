@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m2m.cli import parse_shards
+from m2m.arguments import parse_shards
 from m2m.stages import shard_key
 from orchestration.launchers.outcome import shard_ranges
 

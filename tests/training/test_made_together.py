@@ -14,8 +14,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from m2m.arguments import EXIT_CALL_AGAIN
 from m2m.artifacts import MANIFEST, Manifest, read_manifest, record_files, write_bytes
-from m2m.cli import EXIT_CALL_AGAIN
 from m2m.config import load_profile
 from m2m.progress import Progress
 from m2m.stage_run import run_stage
