@@ -8,13 +8,16 @@ import contextlib
 import errno
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from m2m import processes
 from m2m.arguments import EXIT_BAD_INPUT, add_profile_argument, open_profile, parse_shards
+from m2m.artifacts import Manifest
 from m2m.config import Profile
 from m2m.errors import M2MError
-from m2m.progress import Progress, open_progress
+from m2m.progress import Beside, Progress, open_progress
 from m2m.stage_run import run_stage
 from m2m.stages import STAGES, Stage, commands, find_stage
 from m2m.training.stopping import ending_when_asked
@@ -97,8 +100,17 @@ def _run_stage_command(args: argparse.Namespace, arguments: Sequence[str]) -> in
         return run_together([sys.executable, "-m", "m2m", *arguments], args.processes)
     # others make their output shard by shard, or within minutes: a signal ends them as it ends any process
     answering = ending_when_asked() if stage.group == _TRAINED else contextlib.nullcontext()
-    with answering, open_progress() as progress:
+    with answering, open_progress(_beside(stage, profile, args.overrides)) as progress:
         return _run(stage, profile, args, progress)
+
+
+def _beside(stage: Stage, profile: Profile, overrides: Sequence[str]) -> Beside:
+    def shown(manifest: Manifest, folder: Path, say: Callable[[str], None]) -> Mapping[str, Any]:
+        from m2m.asset_metadata import asset_metadata
+
+        return asset_metadata(stage, profile, overrides, manifest, folder, say)
+
+    return shown
 
 
 def _run(stage: Stage, profile: Profile, args: argparse.Namespace, progress: Progress) -> int:

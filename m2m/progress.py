@@ -10,12 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from m2m import processes
 from m2m.artifacts import Manifest, Summary, read_summary
 
 Item = TypeVar("Item")
+Beside: TypeAlias = Callable[[Manifest, Path, Callable[[str], None]], Mapping[str, Any]]
+"""More Pipes metadata of an output, and somebody to tell of what can't be said of it."""
 _LOG_EVERY_SECONDS = 10.0
 _PICTURE_LIMIT = 400_000  # bytes of one picture in an event; Dagster keeps events in its database
 
@@ -57,21 +59,12 @@ class Progress:
         if time.monotonic() - started >= _LOG_EVERY_SECONDS:
             self.log(f"{label or unit}: {done:,} {units} in {time.monotonic() - started:.0f} s")
 
-    def made(
-        self,
-        manifest: Manifest,
-        folder: Path,
-        *,
-        shards: list[str] | None,
-        fresh: bool,
-        planned: Callable[[], Mapping[str, float | str]] = dict,
-    ) -> None:
+    def made(self, manifest: Manifest, folder: Path, *, shards: list[str] | None, fresh: bool) -> None:
         """An output is whole.
 
         Args:
             shards: partition keys.
             fresh: whether this run made it.
-            planned: the plan's figures; counting them may take a second.
         """
 
     def kept(self, counts: Mapping[str, int], checks: Mapping[str, str | None], *, fingerprint: str, why: str) -> None:
@@ -84,24 +77,18 @@ class Progress:
 class PipesProgress(Progress):
     """Also tells Dagster: log lines, materializations with figures and pictures, check results."""
 
-    def __init__(self, context: Any) -> None:
+    def __init__(self, context: Any, beside: Beside | None = None) -> None:
         super().__init__()
-        self._context = context
+        self._context, self._beside = context, beside
 
     def log(self, message: str) -> None:
         self._context.log.info(message)
 
-    def made(
-        self,
-        manifest: Manifest,
-        folder: Path,
-        *,
-        shards: list[str] | None,
-        fresh: bool,
-        planned: Callable[[], Mapping[str, float | str]] = dict,
-    ) -> None:
+    def made(self, manifest: Manifest, folder: Path, *, shards: list[str] | None, fresh: bool) -> None:
         summary = read_summary(folder) if (folder / "summary.json").exists() else Summary()
-        metadata = pipes_metadata(manifest, summary, folder) | lead(manifest, folder) | dict(planned())
+        metadata = pipes_metadata(manifest, summary, folder)
+        if self._beside is not None:
+            metadata |= self._beside(manifest, folder, self.log)
         metadata["made_by_this_run"] = {"raw_value": fresh, "type": "bool"}
         self._context.report_asset_materialization(metadata=metadata, data_version=manifest.fingerprint)
         for name, why in summary.checks.items():
@@ -149,37 +136,14 @@ def pipes_metadata(manifest: Manifest, summary: Summary, folder: Path) -> dict[s
     return metadata
 
 
-def lead(manifest: Manifest, folder: Path) -> dict[str, Any]:
-    """Where an output came from, as Pipes metadata: what it was made from, with links, by which code, in which run."""
-    from m2m.provenance import one_step  # which knows how stages are run, and so this module
-    from m2m.stages import STAGES
-
-    stage = STAGES.get(manifest.stage)
-    if stage is None:
-        return {}
-    made = one_step(folder, manifest)
-    rows = [
-        f"| {name} | [{(of := STAGES[stage.inputs[name]]).asset}](/assets/{of.asset}) | `{digest[:16]}` |"
-        for name, digest in manifest.inputs.items()
-        if name in stage.inputs
-    ]
-    rows += [f"| {of.setting} | {of.path or 'a source'} | `{of.digest[:16]}` |" for of in made.sources]
-    git = made.run.get("git", {})
-    changed = " with changes that were not committed" if git.get("dirty") else ""
-    told: dict[str, Any] = {
-        "manifest": manifest.digest[:16],
-        "code": f"{git.get('revision') or 'not recorded'}{changed}",
-    }
-    if rows:
-        told["made_from"] = {"raw_value": "\n".join(["| | | |", "| --- | --- | --- |", *rows]), "type": "md"}
-    return told | {"trace": f"python -m m2m trace {folder}"}
-
-
 @contextlib.contextmanager
-def open_progress() -> Iterator[Progress]:
+def open_progress(beside: Beside | None = None) -> Iterator[Progress]:
     """Progress that fits where we run: Pipes when Dagster launched us, plain otherwise.
 
     Of several processes that make one output only the first speaks.
+
+    Args:
+        beside: what Dagster is shown of an output beside its own figures.
     """
     if not processes.leads():
         yield Progress(quiet=True)
@@ -190,7 +154,7 @@ def open_progress() -> Iterator[Progress]:
         yield Progress()
         return
     with open_dagster_pipes() as context:
-        yield PipesProgress(context)
+        yield PipesProgress(context, beside)
 
 
 def _markdown_table(rows: list[dict[str, Any]]) -> str:

@@ -9,9 +9,8 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +20,6 @@ from m2m import artifacts, processes
 from m2m.artifacts import Manifest, Summary
 from m2m.config import Profile, resolve
 from m2m.errors import ArtifactError, CheckFailed, ConfigError
-from m2m.planned import recall_plan, remember_plan
 from m2m.progress import Progress
 from m2m.recall import recall_identity, remember_identity
 from m2m.stages import STAGES, Stage, shard_key
@@ -185,8 +183,7 @@ def _lead(
         current = artifacts.read_manifest(final)
         whole = current is not None and not artifacts.faults(final, current)
         if current is not None and current.fingerprint == print_ and whole and not force:
-            planned = _planned(stage, profile, overrides, progress)
-            progress.made(current, final, shards=keys, fresh=False, planned=planned)
+            progress.made(current, final, shards=keys, fresh=False)
             _drop_leftovers(final)
             return Outcome(final, current, False, f"{final} is current: nothing to do")
         function, config = stage.configured(profile, overrides)
@@ -232,27 +229,8 @@ def _lead(
                 artifacts.promote(partial, final)
         _drop_leftovers(final)
         _record_run(stage, profile, run, started, manifest)
-    planned = _planned(stage, profile, overrides, progress)
-    progress.made(manifest, final, shards=keys, fresh=True, planned=planned)
+    progress.made(manifest, final, shards=keys, fresh=True)
     return Outcome(final, manifest, True, f"{final}: {len(manifest.files)} files, {_counted(manifest.counts)}")
-
-
-def _planned(
-    stage: Stage, profile: Profile, overrides: Sequence[str], progress: Progress
-) -> Callable[[], Mapping[str, float | str]]:
-    """The plan's figures, for whom they interest; counted only where torch is loaded, which takes longer than that."""
-
-    def figures() -> Mapping[str, float | str]:
-        found = recall_plan(stage, profile, overrides)
-        if found or "torch" not in sys.modules:
-            return found
-        try:
-            return remember_plan(stage, profile, overrides)
-        except Exception as error:  # the output stands, whatever can't be counted of it
-            progress.log(f"{stage.key}: the plan's figures can't be counted: {error}")
-            return {}
-
-    return figures
 
 
 def _follow(stage: Stage, profile: Profile, overrides: Sequence[str], team: processes.Team) -> Outcome:

@@ -9,9 +9,10 @@ import pytest
 from toy_chain import git
 
 from m2m import artifacts
+from m2m.asset_metadata import origin
 from m2m.cli import main
 from m2m.config import load_profile
-from m2m.progress import Progress, lead
+from m2m.progress import Progress
 from m2m.provenance import find_output, trace, verify
 from m2m.stage_run import run_stage
 from m2m.stages import STAGES
@@ -150,7 +151,7 @@ def test_dvcs_own_record_of_earlier_stages_does_not_make_the_code_changed(chain)
 def test_a_materialization_leads_to_what_it_was_made_from(chain):
     folder = chain.outputs / "pretrain" / "dino"
     manifest = artifacts.require_whole(folder, "")
-    told = lead(manifest, folder)
+    told = origin(manifest, folder)
     assert told["manifest"] == manifest.digest[:16] and told["trace"] == f"python -m m2m trace {folder}"
     table = told["made_from"]["raw_value"]
     assert f"| features | [dino_features](/assets/dino_features) | `{manifest.inputs['features'][:16]}` |" in table
