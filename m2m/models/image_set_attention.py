@@ -70,6 +70,9 @@ def chosen_attention(q: Tensor, k: Tensor, v: Tensor, reads: Reads) -> Tensor:
     Returns:
         Same shape as `q`; zero where nothing is read.
     """
+    if all(chosen == slice(0, 0) for of_images in reads for chosen in of_images):
+        # zeros of which gradients can be asked: processes that train together wait for each other's
+        return prefix_attention(q, k, v, torch.zeros(q.shape[:2], dtype=torch.bool, device=q.device))
     found = [
         torch.cat([set_attention(q[one, i], k[one, chosen], v[one, chosen]) for i, chosen in enumerate(of_images)])
         for one, of_images in ((slice(place, place + 1), reads[place]) for place in range(len(reads)))

@@ -33,8 +33,8 @@ def test_the_first_that_fails_takes_the_others_with_it(ends, code):
 
 def test_a_signal_reaches_each_of_them():
     code = (
-        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); "
-        "print('here', flush=True); time.sleep(100)"
+        "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); "
+        "os.write(1, b'here\\n'); time.sleep(100)"
     )
     process = ranks(code)
     assert process.stdout and [process.stdout.readline(), process.stdout.readline()] == ["here\n", "here\n"]

@@ -50,9 +50,9 @@ def toy(config: Toy, run: StageRun) -> None:
                 time.sleep(0.1)
         case "nap":
             _sleep(run, 8)
-        case "sleep deaf once" if not (run.out / "checkpoint").exists():
+        case "sleep once" | "sleep deaf once" if not (run.out / "checkpoint").exists():
             (run.out / "checkpoint").write_text("halfway")
-            _sleep(run, 200, deaf=True)
+            _sleep(run, 200, deaf=config.act == "sleep deaf once")
         case "stop once" if not (run.out / "checkpoint").exists():
             (run.out / "checkpoint").write_text("halfway")
             sys.exit(75)
