@@ -13,15 +13,21 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as in m2m/__main__.py
 _SERVICES = Path(os.environ.get("M2M_SERVICES") or Path(__file__).parents[1] / ".services")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, with the reason, where there is no GPU."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if marked:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` or `services` are skipped, with the reason, where there is no GPU or nobody asks for them."""
+    if any(item.get_closest_marker("gpu") for item in items):
         import torch
 
         if not torch.cuda.is_available():
-            for item in marked:
-                item.add_marker(pytest.mark.skip(reason="torch finds no CUDA device here"))
+            _skip(items, "gpu", "torch finds no CUDA device here")
+    if "services" not in config.getoption("markexpr"):
+        _skip(items, "services", "needs servers or a browser: make test-services starts them and asks for it")
+
+
+def _skip(items: list[pytest.Item], mark: str, why: str) -> None:
+    for item in items:
+        if item.get_closest_marker(mark):
+            item.add_marker(pytest.mark.skip(reason=why))
 
 
 @pytest.fixture(scope="session")
