@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
         if not torch.cuda.is_available():
             _skip(items, "gpu", "torch finds no CUDA device here")
-    if "services" not in config.getoption("markexpr"):
+    if "services" not in str(config.getoption("markexpr")):
         _skip(items, "services", "needs servers or a browser: make test-services starts them and asks for it")
 
 
