@@ -1,8 +1,8 @@
 """Start a command that ends when its starter does: `python die_with_parent.py PARENT_PID COMMAND...`.
 
-Belongs here: that one thing, on Linux; elsewhere the command just runs. Not here: imports beyond the standard library,
-for this runs before every launch. A `kill -9` of Dagster would otherwise leave its stage working on, and the job that
-is started again would wait for it at the output's lock.
+Belongs here: that, on Linux (elsewhere the command just runs), and that it ends when it is asked to. Not here: imports
+beyond the standard library, for this runs before every launch. A `kill -9` of Dagster would otherwise leave its stage
+working on, and the job that is started again would wait for it at the output's lock.
 """
 
 import contextlib
@@ -16,6 +16,8 @@ _PR_SET_PDEATHSIG = 1
 
 def main() -> None:
     parent, command = int(sys.argv[1]), sys.argv[2:]
+    # a shell's background jobs ignore SIGINT, Dagster in them SIGTERM too, and what is ignored would be inherited
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with contextlib.suppress(OSError, AttributeError):  # no prctl: not Linux
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # survives exec
     if os.getppid() != parent:  # it died before it could be asked
