@@ -60,6 +60,7 @@ def ask_to_stop_at_a_checkpoint(process: subprocess.Popen, outputs: Path) -> Non
 
 
 @pytest.mark.timeout(900)  # five imports of torch and diffusers: a busy machine takes minutes
+@pytest.mark.slow
 def test_two_processes_make_the_output_of_one_also_where_they_were_asked_to_stop(profile):
     one, two = (profile(name, epochs=12, validate_every=8) for name in ("one", "two"))
     alone = run_stage(STAGE, one, progress=Progress(quiet=True)).folder
