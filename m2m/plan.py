@@ -11,6 +11,7 @@ from m2m import artifacts
 from m2m.arguments import EXIT_BAD_INPUT, add_profile_argument, open_profile
 from m2m.config import Profile
 from m2m.errors import M2MError
+from m2m.planned import EFFICIENCY, remember_plan
 from m2m.stages import STAGES, Stage, resources
 
 
@@ -40,7 +41,9 @@ def dry_run(stage: Stage, profile: Profile, overrides: Sequence[str] = ()) -> li
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_profile_argument(parser)
-    parser.add_argument("--efficiency", type=_share, default=0.4, help="share of a GPU's peak that is reached (0.4)")
+    parser.add_argument(
+        "--efficiency", type=_share, default=EFFICIENCY, help=f"share of a GPU's peak that is reached ({EFFICIENCY})"
+    )
     parser.add_argument("--gpus", type=int, help="that sharded stages are spread over; the largest launch's by default")
     parser.add_argument("--price", type=float, help="of a GPU-hour, in any money")
     parser.add_argument("--no-costs", action="store_true", help="check alone, which is faster")
@@ -52,7 +55,6 @@ def main(args: argparse.Namespace) -> int:
     The figures are kept for the assets (`m2m.planned`).
     """
     from m2m.costs import Costs, cost_lines
-    from m2m.planned import remember_plan
 
     profile = open_profile(args.config)
     costs = Costs(profile)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -34,6 +35,18 @@ def test_they_are_told_who_they_are(tmp_path):
     for name, value in (("WORLD_SIZE", "3"), ("LOCAL_WORLD_SIZE", "3"), ("MASTER_ADDR", "127.0.0.1")):
         assert {one[name] for one in told} == {value}
     assert len({one["MASTER_PORT"] for one in told}) == 1
+
+
+def test_on_several_machines_ranks_go_on_and_all_look_for_the_first():
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    tell = f"import os; os.write(1, (' '.join(os.environ[n] for n in {names}) + '\\n').encode())"
+    start, second = [sys.executable, "-m", "m2m.ranks"], ["--nodes", "2", "--node", "1", "--processes", "2"]
+    found = [*start, *second, "--leader", "train-0:29500", "--", *python(tell)]
+    done = subprocess.run(found, capture_output=True, text=True)
+    assert sorted(done.stdout.splitlines()) == ["2 0 4 2 train-0 29500", "3 1 4 2 train-0 29500"]
+    assert subprocess.run([*start, "--processes", "1", "--", *python("raise SystemExit(75)")]).returncode == 75
+    lost = subprocess.run([*start, *second, "--", "true"], capture_output=True, text=True)
+    assert lost.returncode == 2 and "--leader HOST:PORT" in lost.stderr
 
 
 @pytest.mark.parametrize(

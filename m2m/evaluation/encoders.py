@@ -4,7 +4,6 @@ Belongs here: opening them and turning pictures into features. Not here: what is
 (`m2m.evaluation.measures`), caching DINO features for training (`m2m.generation.features`).
 """
 
-import hashlib
 import importlib
 import json
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 from m2m.config import Compute
 from m2m.errors import ConfigError, InputError
 from m2m.evaluation.measures import require_finite
+from m2m.evaluation.released_weights import require_weights
 from m2m.models.saved import realigned
 from m2m.models.text_to_image import model_folder, start_compute
 from m2m.tiny.world import ATTRIBUTES
@@ -183,12 +183,7 @@ def inception_weights(given: Path | None, url: str) -> Path:
             torch.hub.download_url_to_file(url, str(path), _INCEPTION_SHA256, progress=False)
         except (OSError, RuntimeError) as error:
             raise InputError(f"{url}: {_first_line(error)}. Put the file at {path}, or set inception to it") from None
-    if not path.is_file():
-        raise InputError(f"inception {path}: no such file; expected {_INCEPTION}")
-    with path.open("rb") as f:
-        found = hashlib.file_digest(f, "sha256").hexdigest()
-    if not found.startswith(_INCEPTION_SHA256):
-        raise InputError(f"inception {path}: not the weights of FID: sha256 {found[:8]}..., not {_INCEPTION_SHA256}...")
+    require_weights("inception", path, _INCEPTION, _INCEPTION_SHA256)
     return path
 
 

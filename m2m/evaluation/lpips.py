@@ -6,7 +6,6 @@ five learnt weightings of its layers come with torchmetrics.
 Belongs here: that one measure. Not here: what is compared (`m2m.evaluation.views`).
 """
 
-import hashlib
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from m2m.config import Compute
 from m2m.errors import InputError
+from m2m.evaluation.released_weights import require_weights
 from m2m.models.text_to_image import start_compute
 
 WEIGHTS, SHA256 = "alexnet-owt-7be5be79.pth", "7be5be79"
@@ -58,12 +58,7 @@ class Lpips:
         Raises:
             InputError: it is missing, or not torchvision's.
         """
-        if not weights.is_file():
-            raise InputError(f"lpips {weights}: no such file; expected {WEIGHTS}")
-        with weights.open("rb") as f:
-            found = hashlib.file_digest(f, "sha256").hexdigest()
-        if not found.startswith(SHA256):
-            raise InputError(f"lpips {weights}: not {WEIGHTS}: sha256 {found[:8]}..., not {SHA256}...")
+        require_weights("lpips", weights, WEIGHTS, SHA256)
         return cls(torch.load(weights, "cpu", weights_only=True), learnt_heads(), compute)
 
     @torch.inference_mode()

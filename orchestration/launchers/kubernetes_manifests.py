@@ -168,7 +168,7 @@ def _pod(
 def _shared_command(name: str, command: Sequence[str], asked: Resources) -> list[str]:
     leader = f"{name}-0.{name}" if asked.nodes > 1 else "127.0.0.1"
     told = ["--nodes", str(asked.nodes), "--processes", str(max(asked.gpus, 1)), "--leader", f"{leader}:{_PORT}"]
-    ranks = [command[0], "-m", "orchestration.launchers.ranks", *told]
+    ranks = [command[0], "-m", "m2m.ranks", *told]
     return ["/bin/sh", "-c", f'exec {shlex.join(ranks)} --node "$JOB_COMPLETION_INDEX" -- {shlex.join(command)}']
 
 

@@ -91,7 +91,7 @@ def _together(ray: Any, told: dict[str, Any]) -> list[Any]:
     places = [PlacementGroupSchedulingStrategy(group, index) for index in range(told["nodes"])]
     leader = ray.get(ray.remote(_address).options(num_cpus=0, scheduling_strategy=places[0]).remote())
     folder, (command,) = Path(told["folder"]), told["commands"]
-    ranks = [sys.executable, "-m", "orchestration.launchers.ranks", "--nodes", str(told["nodes"]), "--leader", leader]
+    ranks = [sys.executable, "-m", "m2m.ranks", "--nodes", str(told["nodes"]), "--leader", leader]
     return [
         ray.remote(work)
         .options(max_retries=0, scheduling_strategy=place, **needs)

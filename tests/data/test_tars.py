@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import multiprocessing
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -228,8 +229,9 @@ def test_a_limit_that_is_no_number(monkeypatch):
         tars.default_cache()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("s3fs") is not None, reason="s3fs is installed")
-def test_s3_without_its_package_says_what_to_install(tmp_path):
+def test_s3_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not installed
+    monkeypatch.setattr(sys.modules["fsspec.registry"], "_registry", {})
     with pytest.raises(ConfigError, match=r"pip install 'm2m\[s3\]'"):
         RemoteTar("s3://bucket/sets/shards/00000.tar").read_at(0, 1)
 

@@ -143,7 +143,7 @@ def test_a_folder_that_holds_another_model_is_named(small_world):
 def test_inception_is_known_by_its_hash(tmp_path, monkeypatch):
     other = tmp_path / "weights.pth"
     other.write_bytes(b"something else")
-    with pytest.raises(InputError, match="not the weights of FID"):
+    with pytest.raises(InputError, match="not pt_inception-2015-12-05"):
         inception_weights(other, "unused")
     with pytest.raises(InputError, match="no such file"):
         inception_weights(tmp_path / "missing.pth", "unused")

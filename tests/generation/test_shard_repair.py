@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.damaged_shards import damage
 from m2m.config import load_profile
 from m2m.data.shard_repair import find_damage, repair
 from m2m.data.shards import ShardPaths
@@ -36,18 +37,6 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def damage_file(path: Path, chance: random.Random) -> None:
-    content = bytearray(path.read_bytes())
-    match chance.choice(["flip", "flip", "cut", "delete"]):
-        case "flip":
-            content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
-            path.write_bytes(content)
-        case "cut":
-            path.write_bytes(content[: chance.randrange(len(content))])
-        case "delete":
-            path.unlink()
-
-
 def test_damage_anywhere_is_found_and_named(made):
     _, out, _ = made
     chance = random.Random(0)
@@ -56,7 +45,7 @@ def test_damage_anywhere_is_found_and_named(made):
     for _ in range(PLACES):
         number, ending = chance.randrange(6), chance.choice(["tar", "tar", "idx", "json"])
         path = ShardPaths(out, number).path(ending)
-        damage_file(path, chance)
+        damage(path, chance)
         found = find_damage(out)
         assert list(found.shards) == [number] and not found.others
         assert any(path.name in fault for fault in found.shards[number])
@@ -73,9 +62,9 @@ def test_only_what_is_broken_is_made_again(made, seed):
     for number in broken:
         endings = ["idx"] if number in indices else chance.sample(["tar", "json", "idx"], 2)
         for ending in endings:
-            damage_file(ShardPaths(out, number).path(ending), chance)
+            damage(ShardPaths(out, number).path(ending), chance)
     other = chance.choice(["sets.parquet", "index.json", "contact_sheet.png", "summary.json"])
-    damage_file(out / other, chance)
+    damage(out / other, chance)
     found = repair(STAGE, profile, out, progress=QUIET)
     assert sorted(found.shards) == sorted(broken) and list(found.others) == [other]
     assert sorted(again) == sorted(set(broken) - indices)

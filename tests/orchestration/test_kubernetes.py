@@ -238,6 +238,9 @@ def test_manifests_hold_against_the_official_schemas(version):
     kubernetes_validate.validate(made(), version, strict=True)
     kubernetes_validate.validate(service("train-1", {}, SETTINGS, "uid"), version, strict=True)
     kubernetes_validate.validate(made(Resources(gpus=1), [["a"], ["b"]], partitioned=True), version, strict=True)
+    with pytest.raises(kubernetes_validate.ValidationError, match="completionz"):  # which would not pass what is wrong
+        wrong = made()
+        kubernetes_validate.validate({**wrong, "spec": {**wrong["spec"], "completionz": 2}}, version, strict=True)
 
 
 def test_a_request_becomes_gpus_nodes_volumes_and_secrets():
