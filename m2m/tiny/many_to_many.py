@@ -96,7 +96,7 @@ def train_many_to_many(
             "steps": steps,
             "learning_rate": 5e-4,
             "warmup_steps": 30,
-            "ema_decay": 0.99,
+            "ema_decay": min(0.999, 1 - 10 / steps),  # over about a tenth of the steps
             "checkpoint_every": 100,
             "timestep_sampling": timesteps,
             "seed": seed,
