@@ -12,6 +12,7 @@ import sys
 SMALL = ("cached_context", "training_pass", "int8_context", "gradient_checkpointing", "training_attention")
 OF_RUNS = ("launchers",)  # whole processes of Dagster's, not calls of a model
 PAPER_SIZE = ("step_time",)
+ON_GPUS = ("training_speed",)
 DATA = ("captions", "reads", "epoch_order", "waiting", "generation", "killed_generation", "damaged_shards")
 
 
@@ -20,7 +21,8 @@ def main() -> int:
     parser.add_argument("--paper-size", action="store_true", help="models of the paper's size too: minutes on a CPU")
     given, further = parser.parse_known_args()
     rows = []
-    for name in SMALL + OF_RUNS + (PAPER_SIZE if given.paper_size else ()) + DATA:
+    paper_size = PAPER_SIZE + (ON_GPUS if "cuda" in further else ())
+    for name in SMALL + OF_RUNS + (paper_size if given.paper_size else ()) + DATA:
         told = [] if name in DATA else further
         ran = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *told], stdout=subprocess.PIPE, text=True)
         lines = ran.stdout.splitlines()

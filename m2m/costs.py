@@ -146,7 +146,7 @@ class Costs:
 
         found = self._pass(("train", stage.key), step)
         if config.steps:
-            seen = config.steps * config.batch
+            seen = config.steps * config.sets_per_step
         elif fine:
             sets = self._task_sets(stage, config)
             if sets is None:

@@ -39,5 +39,7 @@ def _shift(vae: AutoencoderKL) -> float:
 
 
 def _device(vae: AutoencoderKL) -> torch.device:
-    # an offloaded model lies on the CPU until it is called; its hook knows where it will compute
-    return getattr(getattr(vae, "_hf_hook", None), "execution_device", None) or vae.device
+    # an offloaded model lies on the CPU, or nowhere, until it is called; its hooks know where it will compute
+    hooks = (getattr(module, "_hf_hook", None) for module in vae.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((device for device in devices if device is not None), vae.device))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import Tensor, nn
 
 from m2m.errors import ConfigError, InputError
@@ -53,7 +54,7 @@ class ConditionEmbedder(nn.Module):
             )
         if self.condition == "position":
             condition = get_timestep_embedding(condition.squeeze(-1).float(), _SINUSOIDS)
-        hidden = self.trunk(condition.to(next(self.parameters()).dtype))
+        hidden = self.trunk(condition.to(get_parameter_dtype(self)))  # what it computes in, however it is stored
         vectors = tuple(head(hidden) for head in self.heads)
         if keep is None:
             return vectors

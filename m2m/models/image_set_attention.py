@@ -177,7 +177,7 @@ class ImageSetAttention(nn.Module):
         reading: Reading = encoder_hidden_states
         shift = reading.shift(self.layer)
         if shift is not None:
-            shift = shift[:, None].to(hidden_states.dtype)
+            shift = shift[:, None].to(hidden_states)
             hidden_states = hidden_states + shift
         out = torch.cat([self._out(part, hidden_states) for part in reading.attend(self, hidden_states)])
         out = self.to_out[1](out)
@@ -231,12 +231,13 @@ class WholeSets(_Conditioned):
             k, v = attention.keys_and_values(clean.unflatten(0, (self.sets, own)))
         else:
             clean, noisy = hidden[:0], hidden
-            k, v = attention.keys_and_values(self.features.to(hidden.dtype))
+            k, v = attention.keys_and_values(self.features.to(hidden))
         q = attention.queries(noisy.unflatten(0, (self.sets, self.images)))
         if self.reads is not None:
             read = chosen_attention(q, k, v, self.reads)
         else:
-            read = TRAINING_ATTENTIONS[self.attention](q, k, v, self.keep)
+            keep = None if self.keep is None else self.keep.to(q.device)  # layers may lie on several devices
+            read = TRAINING_ATTENTIONS[self.attention](q, k, v, keep)
         return [Nothing(len(clean)), read.flatten(0, 1).flatten(2)]
 
     def going_on(self, hidden: Tensor) -> Tensor:

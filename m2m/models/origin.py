@@ -13,9 +13,24 @@ from torch import Tensor, nn
 
 from m2m.errors import ConfigError, InputError
 from m2m.models.conditions import ConditionEmbedder
-from m2m.models.saved import config_keys
+from m2m.models.saved import config_keys, without_average
 
 Model = TypeVar("Model", bound=ModelMixin)
+
+# Settings of diffusers' U-Net that would give it inputs or layers which M2M does not know.
+_PLAIN = {
+    "only_cross_attention": (False,),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "addition_embed_type": (None,),
+    "time_cond_proj_dim": (None,),
+    "attention_type": ("default",),
+    "cross_attention_norm": (None,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+}
 
 
 @dataclass(frozen=True)
@@ -28,13 +43,23 @@ class Origin:
     """Tensors of the source that have no place: the cross-attention to text."""
 
 
+def check_plain(settings: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ConfigError: settings of diffusers' U-Net of a kind that M2M does not know.
+    """
+    for key, plain in _PLAIN.items():
+        if settings.get(key, plain[0]) not in plain:
+            raise ConfigError(f"U-Net setting {key}={settings[key]!r}: M2M is built on U-Nets with {key}={plain[0]!r}")
+
+
 def many_to_many_config(text_to_image: Mapping[str, Any], variant: str, feature_dim: int | None) -> dict[str, Any]:
     """diffusers' settings of M2M's U-Net: keys and values come from the same level (self) or from features (dino).
 
     Raises:
         ConfigError: an unknown setting, or M2M-DINO without `feature_dim`.
     """
-    known = config_keys(UNet2DConditionModel)
+    known, text_to_image = config_keys(UNet2DConditionModel), without_average(text_to_image)
     unknown = [key for key in text_to_image if key not in known and not key.startswith("_")]
     if unknown:
         raise ConfigError(f"{unknown[0]} is not a setting of a text-to-image U-Net")

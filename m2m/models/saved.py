@@ -21,7 +21,11 @@ FORMAT_VERSION = 1
 """Of a saved U-Net: counted up when the meaning of its config or the names of its tensors change."""
 _CONFIG = "config.json"
 _ALIGNMENT = 64  # bytes; of everything that torch allocates on the CPU
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+"""Of diffusers' models, where they are whole."""
+WEIGHTS_OF_TRANSFORMERS = "model.safetensors"
+_AVERAGE = {"decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"}
+"""What diffusers' EMAModel writes beside a model's settings: of how its weights were averaged, nothing of the model."""
 
 
 class SavedStrictly(ModelMixin):
@@ -31,7 +35,7 @@ class SavedStrictly(ModelMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:  # type: ignore[override]
-        """Load a saved model, strictly.
+        """Load a saved model, strictly. `variant="fp16"` reads the weights that were saved under that name.
 
         Raises:
             ConfigError: the config has an unknown or a missing setting, or another format.
@@ -39,7 +43,7 @@ class SavedStrictly(ModelMixin):
         """
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         if folder.is_dir():
-            check_saved_unet(cls, folder)
+            check_saved_unet(cls, folder, kwargs.get("variant"))
         kwargs["use_safetensors"] = True  # pickles can run code
         loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if isinstance(loaded, cls):  # not where output_loading_info is asked for
@@ -47,14 +51,23 @@ class SavedStrictly(ModelMixin):
         return loaded
 
     def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, *, max_shard_size: int | str = "10GB", **kwargs: Any
+        self,
+        save_directory: str | Path,
+        *,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        **kwargs: Any,
     ) -> None:
-        """diffusers' own, in the place of what an earlier save left.
+        """diffusers' own, in the place of what an earlier save of this `variant` left.
 
-        A pipeline passes on what it finds in this signature: the size of shards, and always safetensors.
+        Raises:
+            ConfigError: pickles are asked for.
         """
-        remove_weights(Path(save_directory))
-        super().save_pretrained(save_directory, max_shard_size=max_shard_size, **kwargs)
+        check_safe(safe_serialization)
+        remove_weights(Path(save_directory), variant=variant)
+        # a string: diffusers takes it apart where the model is pushed to the hub
+        super().save_pretrained(str(save_directory), variant=variant, max_shard_size=max_shard_size, **kwargs)
 
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:
@@ -103,13 +116,59 @@ def realigned(module: nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
-def remove_weights(folder: Path, weights: str = _WEIGHTS) -> None:
+def check_safe(safe_serialization: bool) -> None:
+    """
+    Raises:
+        ConfigError: pickles are asked for.
+    """
+    if not safe_serialization:
+        raise ConfigError("safe_serialization=False: weights are written, and read, as safetensors only")
+
+
+def of_variant(name: str, variant: str | None) -> str:
+    """The name of a file of weights that were saved under a name of their own ("fp16"), as diffusers has it."""
+    stem, _, suffix = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{suffix}"
+
+
+def has_weights(folder: Path, weights: str = WEIGHTS, variant: str | None = None) -> bool:
+    """Whether there are weights of this variant, whole or in shards."""
+    return any((folder / of_variant(name, variant)).is_file() for name in (weights, f"{weights}.index.json"))
+
+
+def variants_of(folder: Path, weights: str = WEIGHTS) -> list[str]:
+    """The names that weights were saved under beside, or in the place of, the plain ones."""
+    stem, _, suffix = weights.rpartition(".")
+    found = set()
+    for before, after in ((f"{stem}.", f".{suffix}"), (f"{weights}.index.", ".json")):  # whole, in shards
+        names = (path.name for path in folder.glob(f"{before}*{after}"))
+        found |= {name.removeprefix(before).removesuffix(after) for name in names if "-of-" not in name}
+    return sorted(found)
+
+
+def only_variant(folder: Path, weights: str = WEIGHTS) -> str | None:
+    """None where there are plain weights; where there are others alone, their name.
+
+    Raises:
+        InputError: there are several others, so that someone has to choose.
+    """
+    if has_weights(folder, weights):
+        return None
+    found = variants_of(folder, weights)
+    if len(found) > 1:
+        raise InputError(
+            f"{folder}: no {weights}, but several variants of it: {', '.join(found)}. Say which, or keep one"
+        )
+    return found[0] if found else None
+
+
+def remove_weights(folder: Path, weights: str = WEIGHTS, variant: str | None = None) -> None:
     """Before a model is saved anew: what diffusers leaves of an older one, saved whole or in shards, would be read."""
     for name in (weights, f"{weights}.index.json"):
-        (folder / name).unlink(missing_ok=True)
+        (folder / of_variant(name, variant)).unlink(missing_ok=True)
 
 
-def check_saved_unet(model: type, folder: Path) -> None:
+def check_saved_unet(model: type, folder: Path, variant: str | None = None) -> None:
     """Refuse a folder that is not exactly a saved `model` (settings and tensors, by the files' headers alone).
 
     Raises:
@@ -126,7 +185,7 @@ def check_saved_unet(model: type, folder: Path) -> None:
             f"{where}: format_version {config.get('format_version')}; this version reads {FORMAT_VERSION}"
         )
     known = config_keys(model)
-    settings = {key: value for key, value in config.items() if not key.startswith("_")}
+    settings = {key: value for key, value in without_average(config).items() if not key.startswith("_")}
     for key in settings:
         if key not in known:
             raise ConfigError(f"{where}: {key} is not a setting of {model.__name__}")
@@ -134,21 +193,25 @@ def check_saved_unet(model: type, folder: Path) -> None:
         if key not in settings:
             raise ConfigError(f"{where}: setting {key} is missing")
     with torch.device("meta"):
-        check_saved_tensors(model(**settings), folder)
+        check_saved_tensors(model(**settings), folder, variant)
 
 
-def check_saved_tensors(model: nn.Module, folder: Path, weights: str = _WEIGHTS) -> None:
+def without_average(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without what diffusers' EMAModel adds to it."""
+    return {key: value for key, value in config.items() if key not in _AVERAGE}
+
+
+def check_saved_tensors(model: nn.Module, folder: Path, variant: str | None = None) -> None:
     """Refuse a folder whose safetensors, whole or in shards, are not exactly the model's: by the files' headers alone.
 
     Args:
         model: on the meta device.
-        weights: the file's name where it is whole.
 
     Raises:
         InputError: a missing, extra or mismatched tensor, or no safetensors.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    _compare(wanted, _saved_shapes(folder, weights), folder)
+    _compare(wanted, _saved_shapes(folder, variant), folder)
 
 
 def _compare(wanted: Mapping[str, tuple[int, ...]], saved: Mapping[str, tuple[int, ...]], folder: Path) -> None:
@@ -165,17 +228,19 @@ def _compare(wanted: Mapping[str, tuple[int, ...]], saved: Mapping[str, tuple[in
             raise InputError(f"{folder}: tensor {name} has shape {saved[name]}; the config asks for {shape}")
 
 
-def _saved_shapes(folder: Path, weights: str) -> dict[str, tuple[int, ...]]:
-    index = folder / f"{weights}.index.json"
+def _saved_shapes(folder: Path, variant: str | None) -> dict[str, tuple[int, ...]]:
+    index, whole = folder / of_variant(f"{WEIGHTS}.index.json", variant), of_variant(WEIGHTS, variant)
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [weights]
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [whole]
     except (ValueError, KeyError, AttributeError):
         raise InputError(f"{index}: not an index of safetensors files") from None
     shapes: dict[str, tuple[int, ...]] = {}
     for name in names:
         path = folder / name
         if not path.is_file():
-            raise InputError(f"{path}: no such file; weights are read from safetensors only")
+            others = [f"variant={one!r}" for one in variants_of(folder) if one != variant]
+            more = f"; there are others: {', '.join(others)}" if others else ""
+            raise InputError(f"{path}: no such file; weights are read from safetensors only{more}")
         try:
             with safe_open(path, framework="pt") as file:
                 shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118

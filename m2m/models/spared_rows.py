@@ -77,3 +77,7 @@ class _LastTransformer(Transformer2DModel):
         return super()._get_output_for_continuous_inputs(
             hidden_states, residual[residual.shape[0] - rows :], rows, *size, **sizes
         )
+
+
+BLOCKS = (_FirstBlock.__name__, _LastBlock.__name__)
+"""Names of the classes that stand in the place of a BasicTransformerBlock."""

@@ -27,29 +27,14 @@ from m2m.models.image_set_attention import (
     as_reads,
 )
 from m2m.models.int8_context import KeptContext
-from m2m.models.origin import Origin, many_to_many_config, model_from, new_model
+from m2m.models.origin import Origin, check_plain, many_to_many_config, model_from, new_model
 from m2m.models.saved import FORMAT_VERSION, SavedStrictly, config_keys
-from m2m.models.spared_rows import spare_rows
+from m2m.models.spared_rows import BLOCKS, spare_rows
 
 VARIANTS = {"self": "M2M-Self", "dino": "M2M-DINO"}
 Variant = Literal["self", "dino"]
 Branch = tuple[KeptContext | None, Tensor | None]
 """What one prediction is given: preceding images and the target's condition, (sets, numbers); None drops either."""
-
-# Settings of diffusers' U-Net that would give it inputs or layers which M2M does not know.
-_PLAIN = {
-    "only_cross_attention": (False,),
-    "dual_cross_attention": (False,),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
-    "class_embed_type": (None,),
-    "num_class_embeds": (None,),
-    "addition_embed_type": (None,),
-    "time_cond_proj_dim": (None,),
-    "attention_type": ("default",),
-    "cross_attention_norm": (None,),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-}
 
 
 class ManyToManyUNet(SavedStrictly, UNet2DConditionModel):
@@ -58,6 +43,10 @@ class ManyToManyUNet(SavedStrictly, UNet2DConditionModel):
     M2M-Self (section 5.1) reads hidden states that the same U-Net computes of clean images; M2M-DINO (section 5.2)
     reads DINOv2 features. `forward` is `training_forward`, so that wrappers (DDP, autocast) see the training pass.
     """
+
+    # blocks go by the names of their classes, and two have one of their own (`spared_rows`)
+    _repeated_blocks = ["BasicTransformerBlock", *BLOCKS]
+    _no_split_modules = ["BasicTransformerBlock", "ResnetBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", *BLOCKS]
 
     def __init__(
         self,
@@ -89,9 +78,7 @@ class ManyToManyUNet(SavedStrictly, UNet2DConditionModel):
             raise ConfigError(f"format_version {format_version} of a saved U-Net: this version reads {FORMAT_VERSION}")
         if dropped_context not in ("empty", "zeroed"):
             raise ConfigError(f"dropped_context {dropped_context!r} is not known. There are: empty, zeroed")
-        for key, plain in _PLAIN.items():
-            if unet.get(key, plain[0]) not in plain:
-                raise ConfigError(f"U-Net setting {key}={unet[key]!r}: M2M is built on U-Nets with {key}={plain[0]!r}")
+        check_plain(unet)
         super().__init__(**unet)
         self.register_to_config(
             variant=variant,
@@ -140,11 +127,24 @@ class ManyToManyUNet(SavedStrictly, UNet2DConditionModel):
             raise ConfigError(f"training attention {kind!r} is not known. There are: {', '.join(TRAINING_ATTENTIONS)}")
         self._training_attention = kind
 
+    def enable_group_offload(self, *devices: Any, offload_type: str = "block_level", **more: Any) -> None:  # type: ignore[override]
+        """diffusers' own, by leaves: what is read of images is also computed outside of the blocks' forward passes.
+
+        Raises:
+            ConfigError: `offload_type="block_level"`, diffusers' default.
+        """
+        if offload_type != "leaf_level":
+            raise ConfigError('group offloading of M2M\'s U-Net goes by leaves: give offload_type="leaf_level"')
+        super().enable_group_offload(*devices, offload_type=offload_type, **more)
+
     # --- passes -------------------------------------------------------------------------------------------------
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        """`training_forward`."""
-        return self.training_forward(*args, **kwargs)
+    def forward(self, *args: Any, reading: Reading | None = None, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """`training_forward`; with a `reading`, diffusers' own forward pass over rows that read so."""
+        if reading is None:
+            return self.training_forward(*args, **kwargs)
+        # encoder_hidden_states goes untouched to every attn2, and to nothing else
+        return super().forward(*args, encoder_hidden_states=reading, return_dict=False)[0]  # type: ignore[arg-type]
 
     def training_forward(
         self,
@@ -338,8 +338,8 @@ class ManyToManyUNet(SavedStrictly, UNet2DConditionModel):
     # --- inside -------------------------------------------------------------------------------------------------
 
     def _pass(self, rows: Tensor, timesteps: Tensor, reading: Reading) -> Tensor:
-        # encoder_hidden_states goes untouched to every attn2, and to nothing else
-        return super().forward(rows, timesteps, encoder_hidden_states=reading, return_dict=False)[0]  # type: ignore[arg-type]
+        # by the module's call, which compilers and offloading take hold of
+        return self(rows, timesteps, reading=reading)
 
     def _what_is_read(self, clean: Tensor | None, features: Tensor | None, sets: int, images: int) -> Tensor:
         """The variant's kind of clean images, without the last where one more than `images` are given."""

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import is_compiled_module
 from PIL import Image
 from torch import Tensor
 from transformers import Dinov2Model
@@ -21,7 +23,14 @@ from m2m.config import Compute
 from m2m.errors import ArtifactError, ConfigError, InputError
 from m2m.generation.features import dino_preprocess
 from m2m.models.autoencoder import encode_images, pixels_per_latent
-from m2m.models.saved import read_json, realigned, remove_weights
+from m2m.models.saved import (
+    WEIGHTS_OF_TRANSFORMERS,
+    check_safe,
+    only_variant,
+    read_json,
+    realigned,
+    remove_weights,
+)
 from m2m.models.text_to_image import start_compute, torch_dtype
 from m2m.models.unet import VARIANTS, ManyToManyUNet
 from m2m.pipelines.arguments import (
@@ -118,6 +127,11 @@ class ManyToManyPipeline(DiffusionPipeline):
             format_version=format_version,
         )
 
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of one image in the last call: what diffusers' callbacks reckon with."""
+        return self._num_timesteps
+
     @torch.no_grad()
     def __call__(
         self,
@@ -177,18 +191,23 @@ class ManyToManyPipeline(DiffusionPipeline):
             callback_on_step_end: called as `callback(pipeline, step, timestep, {"latents": ...})`; steps count on from
                 image to image. May return other latents. Sets with equally many preceding images are made together,
                 one such group after another, each counting from 0.
-            callback_on_step_end_tensor_inputs: what the callback is given: "latents" or nothing.
+            callback_on_step_end_tensor_inputs: what the callback is given: "latents" or nothing. A diffusers
+                PipelineCallback says so itself.
             return_dict: False gives a tuple of the images alone.
 
         Raises:
             InputError: arguments that don't fit the model or each other.
         """
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         if output_type not in _OUTPUT_TYPES:
             raise InputError(f"output_type {output_type!r} is not known. There are: {', '.join(_OUTPUT_TYPES)}")
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise InputError(f"callback_on_step_end_tensor_inputs: {unknown[0]!r} is not known. There is: latents")
         check_scheduler(self.scheduler)
+        if is_compiled_module(self.unet):
+            warnings.warn("torch.compile(unet) does not reach M2M's passes: call unet.compile() instead", stacklevel=3)
         guided_steps(num_inference_steps, guidance_interval)
         if num_images < 1 or num_inference_steps < 1:
             raise InputError(f"num_images={num_images}, num_inference_steps={num_inference_steps}: at least 1 of each")
@@ -223,7 +242,8 @@ class ManyToManyPipeline(DiffusionPipeline):
         made: dict[int, tuple[Tensor, Tensor | None]] = {}
         groups = _equal_lengths(sets)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        total = len(groups) * num_images * len(self.scheduler.timesteps)
+        self._num_timesteps = len(self.scheduler.timesteps)
+        total = len(groups) * num_images * self._num_timesteps
         with self.progress_bar(total=total) as progress:  # type: ignore[call-arg]
             for members in groups:
                 given = torch.stack([sets[member] for member in members])
@@ -269,9 +289,8 @@ class ManyToManyPipeline(DiffusionPipeline):
             return encode_images(self.vae, images)
         encoder = self.image_encoder
         size = self.config["feature_size"] or encoder.config.image_size
-        pixels = dino_preprocess(
-            images.to(encoder.device), size, self.config["feature_mean"], self.config["feature_std"]
-        )
+        images = images.to(self._execution_device)  # an offloaded encoder lies elsewhere until it is called
+        pixels = dino_preprocess(images, size, self.config["feature_mean"], self.config["feature_std"])
         return encoder(pixel_values=pixels.to(encoder.dtype)).last_hidden_state
 
     @classmethod
@@ -283,7 +302,7 @@ class ManyToManyPipeline(DiffusionPipeline):
         """
         folder = Path(pretrained_model_name_or_path)
         if folder.is_dir():
-            check_saved_pipeline(cls, folder)
+            check_saved_pipeline(cls, folder, kwargs.get("variant"))
             kwargs |= saved_image_encoder(folder, kwargs)
         kwargs["use_safetensors"] = True  # pickles can run code
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -296,13 +315,21 @@ class ManyToManyPipeline(DiffusionPipeline):
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """diffusers' own, in the place of what an earlier save left, with a model card (`card` holds its facts).
 
-        `max_shard_size` is passed on to every part.
+        `variant` and `max_shard_size` are passed on to every part.
+
+        Raises:
+            ConfigError: pickles are asked for.
         """
-        folder = Path(save_directory)
-        remove_weights(folder / "vae")
-        remove_weights(folder / "image_encoder", "model.safetensors")
-        super().save_pretrained(folder, **kwargs)
+        check_safe(kwargs.get("safe_serialization", True))
+        folder, variant = Path(save_directory), kwargs.get("variant")
+        remove_weights(folder / "vae", variant=variant)
+        remove_weights(folder / "image_encoder", WEIGHTS_OF_TRANSFORMERS, variant)
+        super().save_pretrained(str(folder), **kwargs)  # a string: diffusers takes it apart where it pushes to the hub
         write_card(self, folder)
+
+    def _upload_folder(self, working_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
+        write_card(self, Path(working_dir))  # in the place of the one that diffusers makes when it pushes to the hub
+        return super()._upload_folder(working_dir, *args, **kwargs)
 
     # --- inside -------------------------------------------------------------------------------------------------
 
@@ -334,7 +361,8 @@ def load_pipeline(folder: str | Path, variant: str | None = None, compute: Compu
             f"{variant} was asked for"
         )
     device = start_compute(compute)
-    pipeline = ManyToManyPipeline.from_pretrained(folder, dtype=torch_dtype(compute))
+    variant_of_weights = only_variant(folder / "unet")
+    pipeline = ManyToManyPipeline.from_pretrained(folder, dtype=torch_dtype(compute), variant=variant_of_weights)
     for part in (pipeline.vae, pipeline.unet, pipeline.image_encoder):
         if part is not None:
             part.eval()

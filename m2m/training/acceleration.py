@@ -1,11 +1,10 @@
 """The device, precision and processes of a training, by Accelerate.
 
-Belongs here: opening Accelerate, what all processes must agree on, deterministic kernels. Not here: the loop.
+Belongs here: opening Accelerate, what all processes must agree on. Not here: the loop, its kernels (`kernels`).
 """
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -42,18 +41,3 @@ def anywhere(accelerator: Accelerator, flag: bool) -> bool:
     if accelerator.num_processes == 1:
         return flag
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum"))
-
-
-@contextlib.contextmanager
-def deterministic_kernels(device: torch.device) -> Iterator[None]:
-    """On a GPU, kernels whose results do not change from run to run; torch warns where there is none."""
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time, mends nothing
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)

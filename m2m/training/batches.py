@@ -17,7 +17,7 @@ def steps_per_epoch(sets: int, batch: int) -> int:
 
 def total_steps(settings: TrainingSettings, sets: int) -> int:
     """Optimizer steps of the whole training."""
-    return settings.steps or settings.epochs * steps_per_epoch(sets, settings.batch)
+    return settings.steps or settings.epochs * steps_per_epoch(sets, settings.sets_per_step)
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class BatchPlan:
 
     @property
     def per_epoch(self) -> int:
-        return steps_per_epoch(self.sets, self.settings.batch)
+        return steps_per_epoch(self.sets, self.settings.sets_per_step)
 
     @property
     def steps(self) -> int:
@@ -40,13 +40,13 @@ class BatchPlan:
 
     def batches(self, start: int) -> Iterator[tuple[int, int, list[int]]]:
         """(step from 1, epoch from 0, samples of the whole batch) from after step `start`."""
-        order, of_epoch = None, -1
+        order, of_epoch, size = None, -1, self.settings.sets_per_step
         for step in range(start, self.steps):
             epoch, place = divmod(step, self.per_epoch)
             if epoch != of_epoch or order is None:
                 order = epoch_order(self.sets, self.per_shard or self.sets, self.settings.seed, epoch)
                 of_epoch = epoch
-            yield step + 1, epoch, order[place * self.settings.batch : (place + 1) * self.settings.batch].tolist()
+            yield step + 1, epoch, order[place * size : (place + 1) * size].tolist()
 
     def micro_batches(self, batch: Sequence[int]) -> list[Sequence[int]]:
         """What this process reads of a batch, in forward passes."""

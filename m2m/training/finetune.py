@@ -15,6 +15,7 @@ from m2m.config import Incidental, SourcePath, resolve
 from m2m.data.objaverse import ObjaverseViews
 from m2m.data.vgsi import Procedures
 from m2m.models.autoencoder import pixels_per_latent
+from m2m.models.saved import only_variant
 from m2m.models.unet import VARIANTS, ManyToManyUNet
 from m2m.pipelines.many_to_many import ManyToManyPipeline
 from m2m.pipelines.model_card import CardFacts
@@ -166,7 +167,7 @@ def conditioned_pipeline(base: Path, condition: str, seed: int) -> ManyToManyPip
         ArtifactError: the base is not M2M-DINO, or is fine-tuned already.
     """
     check_start(base, "dino")
-    found = ManyToManyPipeline.from_pretrained(base)
+    found = ManyToManyPipeline.from_pretrained(base, variant=only_variant(base / "unet"))
     for frozen in (found.vae, found.image_encoder):
         frozen.eval().requires_grad_(False)
     found.unet.float()  # shipped weights may be of half precision

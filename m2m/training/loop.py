@@ -22,7 +22,7 @@ from m2m.errors import CheckFailed, ConfigError, InputError
 from m2m.generation.noise import keyed_generator, namespaced
 from m2m.progress import Progress
 from m2m.training import checkpoints
-from m2m.training.acceleration import anywhere, deterministic_kernels
+from m2m.training.acceleration import anywhere
 from m2m.training.batches import BatchPlan
 from m2m.training.checkpoints import Checkpoint
 from m2m.training.flops import training_flops
@@ -103,8 +103,9 @@ def train(
         raise InputError(f"{label}: there are no sets to train on")
     if validate is None and settings.export == "best":
         raise ConfigError(f"{label}: export=best takes a validation loss, and there are no validation sets")
-    if settings.batch < accelerator.num_processes:
-        raise ConfigError(f"batch is {settings.batch}: fewer sets than the {accelerator.num_processes} processes")
+    if settings.sets_per_step < accelerator.num_processes:
+        count = accelerator.num_processes
+        raise ConfigError(f"{label}: {settings.sets_per_step} sets in a batch are fewer than the {count} processes")
     trainer = _Trainer(settings, loss, objective, data, prepare, validate, rollouts, accelerator, label)
     folder = out / CHECKPOINTS
     found = checkpoints.load_newest(folder, belongs_to, progress.log)
@@ -119,7 +120,7 @@ def train(
         log = (out / LOG).open("a", encoding="utf-8")
         steps = progress.each(steps, total=plan.steps - len(trainer.log), unit="step", label=label)
     speed = RunLog(settings, accelerator, run_log, trainer.flops, belongs_to[:16])
-    with Stop() as stop, speed, deterministic_kernels(accelerator.device), log or contextlib.nullcontext():
+    with Stop() as stop, speed, settings.kernels.chosen(accelerator.device), log or contextlib.nullcontext():
         for line, sets, seconds in steps:
             speed.add(line, sets, seconds, last=line.step == plan.steps, waited=trainer.waited)
             if log is not None:
@@ -166,6 +167,7 @@ class _Trainer:
         self.data, self.prepare, self.accelerator = data, prepare, accelerator
         self.validate, self.rollouts = validate, rollouts
         self.unet = loss.unet
+        settings.kernels.apply(self.unet)
         if settings.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         # evaluation_mode: no DDP wrapper. Which weights get gradients changes with the dropped contexts, and
@@ -173,9 +175,11 @@ class _Trainer:
         self.loss = accelerator.prepare_model(loss, evaluation_mode=True)
         self.weights = {name: weight for name, weight in self.unet.named_parameters() if weight.requires_grad}
         self.frozen = {name for name, weight in self.unet.named_parameters() if not weight.requires_grad}
-        self.average = EMAModel(self.weights.values(), decay=settings.ema_decay)
+        # on a GPU one kernel for many tensors: a U-Net has hundreds, and each would be launched by itself
+        on_gpu = accelerator.device.type == "cuda"
+        self.average = EMAModel(self.weights.values(), decay=settings.ema_decay, foreach=on_gpu)
         self.optimizer = torch.optim.AdamW(
-            self.weights.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+            self.weights.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=on_gpu or None
         )
         self.log: list[LogLine] = []
         self._shapes: dict[str, Sequence[int]] = {}
@@ -193,7 +197,7 @@ class _Trainer:
             pin_memory=self.accelerator.device.type == "cuda",
             generator=torch.Generator().manual_seed(0),  # its draws reach no result; leaves the global one alone
         )
-        with contextlib.closing(read_ahead(iter(loader))) as micro_batches:
+        with contextlib.closing(read_ahead(_on_own_gpu(iter(loader), self.accelerator.device))) as micro_batches:
             yield from self._steps(plan, start, micro_batches)
 
     def _steps(
@@ -238,8 +242,7 @@ class _Trainer:
         losses = batch_losses(self.loss, self.objective, ready, samples, epoch)
         # by the batch's size, not the micro-batch's: the last micro-batch may be smaller
         part = losses.sum() / batch
-        if torch.isfinite(part):
-            self.accelerator.backward(part)
+        self.accelerator.backward(part)  # of NaN too: to ask first would have a GPU wait, and the step stops anyway
         return part.detach()
 
     def flops(self) -> int:
@@ -309,8 +312,10 @@ class _Trainer:
 
     def adopt(self, found: Checkpoint) -> None:
         """Take the averaged weights of a checkpoint."""
-        device = self.accelerator.device
-        self.average.shadow_params = [found.tensors["average"][name].to(device) for name in self.weights]
+        average = found.tensors["average"]
+        self.average.shadow_params = [
+            torch.empty_like(weight, requires_grad=False).copy_(average[name]) for name, weight in self.weights.items()
+        ]
 
     def restore(self, found: Checkpoint) -> None:
         """Take the state of a checkpoint."""
@@ -320,8 +325,12 @@ class _Trainer:
         self.average.optimization_step = found.numbers["average_steps"]
         moments = found.tensors["optimizer"]
         states: dict[int, Any] = {
-            place: {key: moments[f"{key}/{name}"] for key in ("exp_avg", "exp_avg_sq", "step")}
-            for place, name in enumerate(self.weights)
+            place: {
+                "step": moments[f"step/{name}"],
+                # laid out as the weight is, which fused kernels want
+                **{key: torch.empty_like(weight).copy_(moments[f"{key}/{name}"]) for key in ("exp_avg", "exp_avg_sq")},
+            }
+            for place, (name, weight) in enumerate(self.weights.items())
         }
         self.optimizer.load_state_dict(
             {"state": states, "param_groups": self.optimizer.state_dict()["param_groups"]}  # rates are set at each step
@@ -332,6 +341,18 @@ class _Trainer:
         """Put the averaged weights into the U-Net."""
         self.average.copy_to(self.weights.values())
         self.unet.eval()
+
+
+def _on_own_gpu(items: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The items, in a thread of its own too on this process's GPU: pinning memory would else open the first one."""
+    own = torch.cuda.current_device() if device.type == "cuda" else None
+
+    def taken() -> Iterator[Batch]:
+        if own is not None:
+            torch.cuda.set_device(own)
+        yield from items
+
+    return taken()
 
 
 def batch_losses(loss: Any, objective: Objective, ready: Batch, samples: Sequence[int], epoch: int) -> Tensor:

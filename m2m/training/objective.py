@@ -31,7 +31,15 @@ class Draws:
     clean_timesteps: Tensor | None = None  # (B, N - 1) int64, how much of it
 
     def to(self, device: torch.device) -> "Draws":
-        return replace(self, **{name: one.to(device) for name, one in vars(self).items() if one is not None})
+        """On the device; by way of pinned memory to a GPU, so that the program need not wait for it.
+
+        Which images are read decides which kernels run, and stays with the program.
+        """
+        stays = {"reads", "keep_context"} if self.reads is not None else set()
+        moved = {name: one for name, one in vars(self).items() if one is not None and name not in stays}
+        if device.type == "cuda":
+            moved = {name: one.pin_memory() for name, one in moved.items()}
+        return replace(self, **{name: one.to(device, non_blocking=True) for name, one in moved.items()})
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from m2m.errors import ConfigError
 from m2m.training.log import LogLine
 from m2m.training.settings import TrainingSettings
 
-_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
+_PACKAGES = {"tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb",)}
 _PROJECT = "m2m"
 
 

@@ -7,7 +7,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from m2m.config import Compute, Incidental, StageConfig
+from m2m.config import Compute, Incidental, Later, StageConfig
+from m2m.training.kernels import Kernels
 
 _PAPER_SILENT = "the paper does not say"
 
@@ -20,8 +21,10 @@ class TrainingSettings(StageConfig):
     images_per_set: int = Field(
         5, ge=2, description=f"N; M2M-Self: 5 (paper, section 7.1); for M2M-DINO and fine-tuning {_PAPER_SILENT}"
     )
-    batch: int = Field(
-        256, ge=1, description=f"total batch over all processes, counted in sets ({_PAPER_SILENT} which)"
+    batch: int = Field(256, ge=1, description="total batch of a step over all processes, in `batch_counts`")
+    batch_counts: Annotated[Literal["sets", "images"], Later()] = Field(
+        "sets",
+        description=f"whether `batch` counts sets or images, of which as many whole sets are taken; {_PAPER_SILENT}",
     )
     micro_batch: int = Field(4, ge=1, description="sets in one forward pass of one process; gradients are accumulated")
     epochs: int = Field(1, ge=1, description=f"passes over the sets; {_PAPER_SILENT}")
@@ -67,6 +70,9 @@ class TrainingSettings(StageConfig):
     rollout_guidance: float = Field(1.0, ge=1, description="guidance scale of the model's own images; 1: none, cheap")
     seed: int = Field(0, ge=0, description="of all that is drawn, by (seed, epoch, sample)")
     gradient_checkpointing: bool = Field(False, description="compute activations twice instead of keeping them")
+    kernels: Annotated[Kernels, Later()] = Field(
+        Kernels(), description="how a step is computed on a GPU: speed and memory; the results change by rounding"
+    )
     checkpoint_every: Annotated[int, Incidental()] = Field(1000, ge=1, description="steps")
     keep_checkpoints: Annotated[int, Incidental()] = Field(2, ge=1)
     log_every: Annotated[int, Incidental()] = Field(
@@ -79,7 +85,7 @@ class TrainingSettings(StageConfig):
         "that the model uses (MFU) is then logged",
     )
     trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Incidental()] = Field(
-        (), description="who else is told of losses and speed, through Accelerate; their packages are not among ours"
+        (), description="who else is told of losses and speed, through Accelerate, where its package is installed"
     )
     workers: Annotated[int, Incidental()] = Field(0, ge=0, description="processes that read data; 0: this one")
     spike_factor: float | None = Field(
@@ -102,6 +108,11 @@ class TrainingSettings(StageConfig):
     guidance_scale: float = Field(7.5, ge=1, description="of the sample picture")
     compute: Compute = Compute.model_validate({})
 
+    @property
+    def sets_per_step(self) -> int:
+        """Sets of one optimizer step over all processes."""
+        return self.batch if self.batch_counts == "sets" else max(1, self.batch // self.images_per_set)
+
     @model_validator(mode="after")
     def _best_is_known(self) -> "TrainingSettings":
         if self.export == "best" and (self.validate_every is None or not self.validation_sets):
@@ -112,4 +123,10 @@ class TrainingSettings(StageConfig):
     def _dtype_can_train(self) -> "TrainingSettings":
         if self.compute.dtype == "float16":
             raise ValueError("training in float16 would need loss scaling: take compute.dtype bfloat16 or float32")
+        return self
+
+    @model_validator(mode="after")
+    def _kernels_are_there(self) -> "TrainingSettings":
+        if self.kernels.attention == "flex" and self.compute.device != "cuda":
+            raise ValueError("kernels.attention=flex has gradients on cuda only: leave it at prefix on the CPU")
         return self

@@ -13,7 +13,7 @@ from torch import nn
 from m2m.artifacts import read_manifest, read_summary
 from m2m.config import is_hub_id, resolve, source_digest
 from m2m.errors import ArtifactError, ConfigError, InputError
-from m2m.models.saved import read_json
+from m2m.models.saved import only_variant, read_json
 from m2m.models.sd21 import DINOV2_GIANT, DINOV2_GIANT_WIDTH, SD21_BASE_UNET, STABLE_DIFFUSION_2_1_BASE
 from m2m.models.text_to_image import load_unet, load_unet_config, model_folder
 from m2m.models.unet import VARIANTS, ManyToManyUNet
@@ -38,7 +38,8 @@ def continued_unet(folder: Path, variant: str, feature_dim: int | None, own: Map
     for name, value in own.items():
         if config.get(name) != value:
             raise ConfigError(f"{folder} was trained with {name}={config.get(name)}; {name}={value} was asked for")
-    unet = ManyToManyUNet.from_pretrained(folder / "unet").float()  # shipped weights may be of half precision
+    unet = ManyToManyUNet.from_pretrained(folder / "unet", variant=only_variant(folder / "unet"))
+    unet.float()  # shipped weights may be of half precision
     if variant == "dino" and unet.feature_dim != feature_dim:
         raise ConfigError(f"{folder} reads features of width {unet.feature_dim}; the image encoder's are {feature_dim}")
     return unet

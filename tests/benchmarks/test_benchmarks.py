@@ -31,6 +31,17 @@ def test_a_benchmark_ends_with_its_figures(monkeypatch, capsys, name):
         assert ended["ok"], ended  # exactness does not depend on the machine
 
 
+def test_speed_of_training_is_that_of_the_real_loop(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["training_speed", "--dtype", "float32"])
+    module = importlib.import_module("benchmarks.training_speed")
+    monkeypatch.setattr(module, "_STEPS", 2)
+    monkeypatch.setattr(module, "_KERNELS", {"channels last": {"channels_last": True}})
+    assert module.main() == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])["figures"]
+    assert len([name for name in figures if name.endswith("sets per second")]) == 4
+    assert all(value > 0 for value in figures.values())
+
+
 @pytest.mark.parametrize(
     "name, argv",
     [

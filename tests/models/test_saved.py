@@ -1,10 +1,12 @@
 """Saved U-Nets come back bit by bit, or are refused with the name of what is wrong."""
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
 from m2m.errors import ConfigError, InputError
@@ -72,6 +74,59 @@ def test_saving_anew_leaves_nothing_of_the_earlier_save(make_unet, tmp_path):
         assert (whole, sharded) == (sizes == "10GB", sizes == "100KB")
         state = ManyToManyUNet.from_pretrained(tmp_path).state_dict()
         assert all(torch.equal(tensor, state[name]) for name, tensor in unet.state_dict().items())
+
+
+@pytest.mark.parametrize("size", ["100KB", "10GB"])
+def test_variants_of_the_weights_lie_beside_the_plain_ones(make_unet, tmp_path, size):
+    unet = make_unet("self")
+    unet.save_pretrained(tmp_path, max_shard_size=size)
+    half = copy.deepcopy(unet).half()
+    half.save_pretrained(tmp_path, variant="fp16", max_shard_size=size)
+    for saved, variant, dtype in ((unet, None, torch.float32), (half, "fp16", torch.float16)):
+        state = ManyToManyUNet.from_pretrained(tmp_path, variant=variant, torch_dtype=dtype).state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in saved.state_dict().items())
+    with pytest.raises(InputError, match=r"ema\.safetensors: no such file.* there are others: variant='fp16'"):
+        ManyToManyUNet.from_pretrained(tmp_path, variant="ema")
+
+
+def test_a_variant_is_read_as_strictly_and_saved_anew_as_whole(make_unet, tmp_path):
+    unet = make_unet("self").half()
+    for size in ("10GB", "100KB"):
+        unet.save_pretrained(tmp_path, variant="fp16", max_shard_size=size)
+    assert not (tmp_path / "diffusion_pytorch_model.fp16.safetensors").exists()
+    shard = sorted(tmp_path.glob("*.fp16-00001-of-*.safetensors"))[0]
+    state = load_file(shard)
+    gone = sorted(state)[0]
+    save_file({name: tensor for name, tensor in state.items() if name != gone}, shard)
+    with pytest.raises(InputError, match=rf"tensor {gone} is missing"):
+        ManyToManyUNet.from_pretrained(tmp_path, variant="fp16")
+    with pytest.raises(InputError, match=r"model\.safetensors: no such file.*variant='fp16'"):
+        ManyToManyUNet.from_pretrained(tmp_path)
+
+
+def test_the_average_that_diffusers_keeps_is_saved_and_read_by_both(make_unet, tmp_path):
+    unet = make_unet("self", "camera")
+    average = EMAModel(unet.parameters(), decay=0.9, model_cls=ManyToManyUNet, model_config=unet.config)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(1.0)
+    average.step(unet.parameters())
+    average.step(unet.parameters())
+    average.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["optimization_step"] == 2
+    read = ManyToManyUNet.from_pretrained(tmp_path)
+    again = EMAModel.from_pretrained(tmp_path, ManyToManyUNet)
+    assert again.optimization_step == 2 and again.decay == 0.9
+    for parameter, kept, shadow in zip(read.parameters(), average.shadow_params, again.shadow_params, strict=True):
+        assert torch.equal(parameter, kept) and torch.equal(shadow, kept)
+    change_weights(tmp_path, lambda state: state.pop("conv_in.bias"))
+    with pytest.raises(InputError, match=r"tensor conv_in\.bias is missing"):
+        ManyToManyUNet.from_pretrained(tmp_path)
+
+
+def test_pickles_are_not_written(make_unet, tmp_path):
+    with pytest.raises(ConfigError, match="safetensors only"):
+        make_unet("self").save_pretrained(tmp_path, safe_serialization=False)
 
 
 def test_a_missing_shard_and_a_tensor_missing_in_a_shard_are_named(make_unet, tmp_path):

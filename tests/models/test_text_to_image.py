@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, Dinov2Config, Dinov2Model
 
@@ -26,6 +27,7 @@ from m2m.models.text_to_image import (
     model_folder,
     start_compute,
 )
+from m2m.models.unet import ManyToManyUNet
 
 VOCABULARY = Path(m2m.data.__file__).parent / "clip_tokenizer"
 
@@ -78,6 +80,59 @@ def test_parts_are_loaded_alone(folder, text_to_image):
     assert load_unet_config(folder)["cross_attention_dim"] == 12
     assert not any(parameter.requires_grad for parameter in load_vae(folder).parameters())
     assert load_unet(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.fixture
+def with_half(folder, tmp_path) -> Path:
+    """The pipeline's folder with its weights as variant fp16 beside the plain ones."""
+    made = shutil.copytree(folder, tmp_path / "both")
+    pipeline: Any = load_text_to_image(folder, compute=Compute(threads=1))
+    pipeline.to(torch.float16).save_pretrained(made, variant="fp16")
+    Dinov2Model(Dinov2Config(image_size=16, patch_size=8, hidden_size=20, num_hidden_layers=1)).half().save_pretrained(
+        made / "dino", variant="fp16"
+    )
+    return made
+
+
+def test_weights_of_a_variant_are_read_where_they_are_asked_for_or_alone(with_half, text_to_image):
+    exact, rounded = text_to_image.conv_in.weight, text_to_image.conv_in.weight.half().float()
+    assert torch.equal(load_unet(with_half).conv_in.weight, exact)
+    assert torch.equal(load_unet(with_half, variant="fp16").conv_in.weight, rounded)
+    for path in with_half.glob("*/*.safetensors"):
+        if ".fp16." not in path.name:
+            path.unlink()
+    assert torch.equal(load_unet(with_half).conv_in.weight, rounded)
+    assert load_vae(with_half, dtype=torch.float16).dtype == torch.float16
+    assert load_dino(with_half / "dino").dtype == torch.float32
+    whole: Any = load_text_to_image(with_half, compute=Compute(threads=1))
+    assert torch.equal(whole.unet.conv_in.weight, rounded)
+    with pytest.raises(InputError, match=r"no weights of variant 'ema'\. There are: fp16"):
+        load_vae(with_half, variant="ema")
+    shutil.copy(
+        with_half / "unet/diffusion_pytorch_model.fp16.safetensors",
+        with_half / "unet/diffusion_pytorch_model.non_ema.safetensors",
+    )
+    with pytest.raises(InputError, match="several variants of it: fp16, non_ema"):
+        load_unet(with_half)
+
+
+def test_a_tensor_that_is_missing_in_a_variant_is_named(with_half):
+    path = with_half / "vae/diffusion_pytorch_model.fp16.safetensors"
+    state = load_file(path)
+    state.pop("encoder.conv_in.bias")
+    save_file(state, path, {"format": "pt"})
+    assert load_vae(with_half).dtype == torch.float32
+    with pytest.raises(InputError, match=r"encoder\.conv_in\.bias.* is missing"):
+        load_vae(with_half, variant="fp16")
+
+
+def test_an_average_of_a_text_to_image_u_net_can_be_the_start(text_to_image, tmp_path):
+    average = EMAModel(text_to_image.parameters(), model_cls=UNet2DConditionModel, model_config=text_to_image.config)
+    average.save_pretrained(tmp_path / "unet")
+    unet = ManyToManyUNet.from_text_to_image(load_unet(tmp_path), "self")
+    assert torch.equal(unet.conv_in.weight, text_to_image.conv_in.weight)
+    with torch.device("meta"):
+        ManyToManyUNet.from_text_to_image(load_unet_config(tmp_path), "self")
 
 
 def test_ddim_keeps_the_noise_schedule_and_clips_nothing(folder):

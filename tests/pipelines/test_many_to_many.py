@@ -293,7 +293,8 @@ def test_a_parts_offloading_hook_is_asked_before_every_use(make_pipeline, pictur
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", ["self", "dino"])
-def test_a_gpu_and_offloading_make_the_same_pictures(make_pipeline, pictures, variant):
+def test_a_gpu_and_offloading_make_the_same_pictures(make_pipeline, pictures, variant, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # with it the third decimal is another
     pipeline, start = make_pipeline(variant), noise(1, 2)
     exact = latents(pipeline, pictures(), num_images=2, latents=start)
     moved = latents(pipeline.to("cuda"), pictures(), num_images=2, latents=start)

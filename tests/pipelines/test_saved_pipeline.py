@@ -2,9 +2,11 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard, RepoUrl
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -106,6 +108,73 @@ def test_shards_of_every_part_are_read(make_pipeline, pictures, tmp_path):
     assert torch.equal(sample(ManyToManyPipeline.from_pretrained(tmp_path), pictures()), expected)
     half = ManyToManyPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {half.unet.dtype, half.vae.dtype, half.image_encoder.dtype} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("size", ["5KB", "10GB"])
+def test_variants_of_the_weights_of_every_part_lie_beside_the_plain_ones(make_pipeline, pictures, tmp_path, size):
+    pipeline = make_pipeline("dino")
+    pipeline.save_pretrained(tmp_path, max_shard_size=size)
+    expected = sample(pipeline, pictures())
+    pipeline.to(torch.bfloat16).save_pretrained(tmp_path, variant="bf16", max_shard_size=size)
+    assert torch.equal(sample(ManyToManyPipeline.from_pretrained(tmp_path), pictures()), expected)
+    half = ManyToManyPipeline.from_pretrained(tmp_path, variant="bf16", dtype=torch.bfloat16)
+    for part in ("unet", "vae", "image_encoder"):
+        state = getattr(half, part).state_dict()
+        assert all(torch.equal(t, state[name]) for name, t in getattr(pipeline, part).state_dict().items()), part
+    with pytest.raises(InputError, match="no part has weights of variant 'fp16'"):
+        ManyToManyPipeline.from_pretrained(tmp_path, variant="fp16")
+    name = "diffusion_pytorch_model.safetensors"
+    (tmp_path / "vae" / (f"{name}.index.json" if size == "5KB" else name)).unlink()
+    with pytest.raises(InputError, match=r"vae.*no such file.*variant='bf16'"):
+        ManyToManyPipeline.from_pretrained(tmp_path)
+
+
+def test_a_folder_of_one_variant_alone_is_loaded_by_the_commands(make_pipeline, tmp_path):
+    make_pipeline("dino").to(torch.float16).save_pretrained(tmp_path, variant="fp16")
+    assert load_pipeline(tmp_path, compute=ONE_THREAD).unet.dtype == torch.float32
+    path = tmp_path / "image_encoder" / "model.fp16.safetensors"
+    state = load_file(path)
+    del state["layernorm.bias"]
+    save_file(state, path, {"format": "pt"})
+    with pytest.raises(InputError, match=r"image_encoder: tensor layernorm\.bias is missing"):
+        load_pipeline(tmp_path, compute=ONE_THREAD)
+
+
+def test_pickles_are_not_written(make_pipeline, tmp_path):
+    with pytest.raises(ConfigError, match="safetensors only"):
+        make_pipeline("self").save_pretrained(tmp_path, safe_serialization=False)
+
+
+@pytest.mark.parametrize("by", ["save_pretrained", "push_to_hub"])
+def test_a_pushed_pipeline_takes_its_own_model_card_along(make_pipeline, tmp_path, monkeypatch, by):
+    """The hub's end stands in: what would be uploaded is what `from_pretrained` reads, with M2M's card."""
+    sent: dict[str, dict[str, bytes]] = {}
+
+    def uploaded(*, repo_id, folder_path, **_):
+        files = [path for path in Path(folder_path).rglob("*") if path.is_file()]
+        sent[repo_id] = {path.relative_to(folder_path).as_posix(): path.read_bytes() for path in files}
+
+    def there_is(repo_id, **_):
+        return RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def diffusers_own(*_, **__):
+        return ModelCard("---\n---\ndiffusers' own")
+
+    monkeypatch.setattr("diffusers.utils.hub_utils.upload_folder", uploaded)
+    for module in ("diffusers.utils.hub_utils", "diffusers.pipelines.pipeline_utils"):
+        monkeypatch.setattr(f"{module}.create_repo", there_is)
+        monkeypatch.setattr(f"{module}.load_or_create_model_card", diffusers_own)
+    pipeline = make_pipeline("self")
+    if by == "push_to_hub":
+        pipeline.push_to_hub("me/m2m")
+    else:
+        pipeline.save_pretrained(tmp_path / "m2m", push_to_hub=True, repo_id="me/m2m")
+    (files,) = sent.values()
+    assert b"# M2M-Self" in files["README.md"]
+    for name, content in files.items():
+        (tmp_path / "back" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "back" / name).write_bytes(content)
+    assert ManyToManyPipeline.from_pretrained(tmp_path / "back").unet.variant == "self"
 
 
 def test_parts_that_do_not_belong_together_are_refused(make_pipeline):

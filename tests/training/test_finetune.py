@@ -148,6 +148,12 @@ def test_lora_leaves_a_plain_pipeline_and_its_adapter_beside(base, objects, star
             assert torch.allclose(exported[name], weight + 3.0 * product, atol=1e-6), name
         else:
             assert torch.equal(exported[name], weight), name
+    by_diffusers = load_pipeline(base, "dino").unet
+    by_diffusers.load_lora_adapter(str(run.out / "lora"), prefix=None)
+    by_diffusers.fuse_lora()
+    by_diffusers.unload_lora()
+    for name, weight in by_diffusers.state_dict().items():
+        assert torch.allclose(exported[name], weight, atol=1e-6), name
     heads = [weight for name, weight in exported.items() if name.startswith("condition_embedder.heads")]
     assert heads and all(weight.any() for weight in heads if weight.ndim > 1), "the condition embedder is trained whole"
     trained = run.summary["figures"]["trained_parameters"]

@@ -20,7 +20,7 @@ from m2m.training.checkpoints import Checkpoint
 from m2m.training.log import LOG, LogLine, is_spike, skipped_in_a_row
 from m2m.training.objective import Objective, SetLoss
 from m2m.training.stopping import STOPPED
-from tests.training.toy import FEATURES, ToySets, toy_training, toy_unet
+from tests.training.toy import FEATURES, ToySets, toy_settings, toy_training, toy_unet
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -288,6 +288,12 @@ def test_what_can_not_be_trained_is_said(tmp_path):
 def test_fewer_sets_than_a_batch_are_one_step_an_epoch(tmp_path):
     _, log = toy_training(tmp_path, ToySets(count=3), batch=256, epochs=2)
     assert [line.epoch for line in log] == [0, 1]
+
+
+def test_a_batch_of_images_is_as_many_whole_sets(tmp_path, uninterrupted):
+    assert toy_settings(batch=2, batch_counts="images").sets_per_step == 1
+    unet, _ = toy_training(tmp_path, batch=14, batch_counts="images")  # of 3 images a set
+    assert_equal_training(tmp_path, unet, uninterrupted)
 
 
 def test_the_untrained_toy_is_always_the_same():

@@ -86,7 +86,7 @@ def _by_hooks(unet: ManyToManyUNet, variant: str) -> float:
     return 6 * macs
 
 
-@pytest.mark.parametrize(("name", "package"), [("tensorboard", "tensorboard"), ("wandb", "wandb")])
+@pytest.mark.parametrize(("name", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
 def test_a_missing_tracker_is_named_with_its_package(name, package, monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=rf"trackers: {name} is asked for.*pip install {package}"):

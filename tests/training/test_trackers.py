@@ -1,4 +1,4 @@
-"""TensorBoard, W&B: what they really write, where their packages are installed (they are not among ours)."""
+"""TensorBoard, W&B: what they really write, where their packages are installed (W&B's is not among ours)."""
 
 import struct
 
