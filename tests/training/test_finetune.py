@@ -149,7 +149,7 @@ def test_lora_leaves_a_plain_pipeline_and_its_adapter_beside(base, objects, star
         else:
             assert torch.equal(exported[name], weight), name
     by_diffusers = load_pipeline(base, "dino").unet
-    by_diffusers.load_lora_adapter(str(run.out / "lora"), prefix=None)
+    by_diffusers.load_lora_adapter(str(run.out / "lora"), prefix=None, use_safetensors=True)
     by_diffusers.fuse_lora()
     by_diffusers.unload_lora()
     for name, weight in by_diffusers.state_dict().items():
