@@ -231,7 +231,9 @@ def test_channels_last_makes_the_same_pictures_to_the_last_bits(make_profile, tm
     assert np.allclose(plain, last, atol=2e-2)
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
+)
 def test_a_compiled_unet_makes_the_same_pictures_to_the_last_bits(make_profile, tmp_path, monkeypatch, backend):
     """Traced and run as traced; compiled to C++ too where there are minutes for it."""
     compiling, asked = torch.nn.Module.compile, []
