@@ -4,16 +4,19 @@ Belongs here: building them; evaluating M2M-Self jointly, as the paper's design 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
+from transformers import CLIPTextModel
 
 from benchmarks.measuring import Machine
+from m2m import counted
 from m2m.models.image_set_attention import ImageSetAttention, Nothing, set_attention
 from m2m.models.origin import many_to_many_config
-from m2m.models.sd21 import DINOV2_GIANT_WIDTH, SD21_BASE_UNET
+from m2m.models.sd21 import DINOV2_GIANT_WIDTH, SD21_BASE_UNET, STABLE_DIFFUSION_2_1_BASE
 from m2m.models.unet import ManyToManyUNet, Variant
 
 SMALL_UNET: dict[str, Any] = {
@@ -56,6 +59,22 @@ def text_to_image_unet(machine: Machine) -> UNet2DConditionModel:
     with torch.device("meta"):
         made = UNet2DConditionModel(**SD21_BASE_UNET)
     return _allocated(made, machine)
+
+
+def as_large_as_sd21(tiny: StableDiffusionPipeline, machine: Machine) -> StableDiffusionPipeline:
+    """The tiny text-to-image pipeline with networks of Stable Diffusion 2.1 base's size."""
+    source, root = STABLE_DIFFUSION_2_1_BASE, Path()
+    encoder: Any = CLIPTextModel(counted.text_encoder(source, root, machine.dtype).config)  # its buffers must be right
+    return StableDiffusionPipeline(
+        vae=_allocated(counted.autoencoder(source, root, machine.dtype), machine),
+        text_encoder=encoder.to(machine.device, machine.dtype).eval(),
+        tokenizer=tiny.tokenizer,
+        unet=text_to_image_unet(machine),
+        scheduler=tiny.scheduler,
+        safety_checker=None,  # type: ignore[arg-type]
+        feature_extractor=None,  # type: ignore[arg-type]
+        requires_safety_checker=False,
+    )
 
 
 def joint_denoise(unet: ManyToManyUNet, noisy: Tensor, timestep: int | Tensor, clean: Tensor) -> Tensor:

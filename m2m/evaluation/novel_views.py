@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from m2m import artifacts
-from m2m.config import Source, SourcePath
+from m2m.config import Later, Source, SourcePath
 from m2m.data.objaverse import ObjaverseViews, PosedViews, relative_poses
 from m2m.errors import ConfigError, InputError
 from m2m.evaluation import lpips
@@ -28,6 +28,7 @@ from m2m.stage_run import StageRun
 
 _ANGLES = (0, 15, 30, 60, 90, 181)  # degrees
 _NEAREST, _CEILING = "the nearest preceding view, copied", "the true view through the autoencoder"
+_WRONG = "M2M-DINO, asked for another target's pose"
 
 
 class NovelViews(EvaluationConfig):
@@ -51,6 +52,15 @@ class NovelViews(EvaluationConfig):
     condition_guidance_scale: float | None = Field(
         None, description="s_C of Eq. 7, for the camera; without one the pipeline's default"
     )
+    wrong_pose: Annotated[bool, Later()] = Field(
+        False, description="also ask for each target with the next target's pose: what is lost is what the pose tells"
+    )
+
+    @model_validator(mode="after")
+    def _there_is_another_pose(self) -> "NovelViews":
+        if self.wrong_pose and self.targets < 2:
+            raise ValueError("wrong_pose asks for another target's pose: set targets to 2 or more")
+        return self
 
 
 @over_noises
@@ -83,6 +93,8 @@ def evaluate_novel_views(config: NovelViews, run: StageRun) -> None:
         for count in config.preceding:
             made = _each_target(config, sampler, list(batch), images[:, :count], poses, count)
             score(f"m2m.{count}", made)
+            if config.wrong_pose:
+                score(f"wrong.{count}", _each_target(config, sampler, list(batch), images[:, :count], poses, count, 1))
             angles = torch.stack([view_angles(view.poses)[-config.targets :, :count] for view in views])
             told[f"angle.{count}"], nearest = angles.rad2deg().min(2)
             score(f"nearest.{count}", torch.stack([row[place] for row, place in zip(images, nearest)]))
@@ -169,16 +181,27 @@ def _conditions(config: NovelViews) -> dict[str, Any]:
 
 
 def _each_target(
-    config: NovelViews, sampler: Sampler, keys: Sequence[int], preceding: Tensor, poses: Tensor, count: int
+    config: NovelViews,
+    sampler: Sampler,
+    keys: Sequence[int],
+    preceding: Tensor,
+    poses: Tensor,
+    count: int,
+    wrong: int = 0,
 ) -> Tensor:
-    """Every target from the preceding true views alone; uint8 (B, targets, 3, H, W)."""
+    """Every target from the preceding true views alone; uint8 (B, targets, 3, H, W).
+
+    Args:
+        wrong: by how many targets the poses asked for are moved on: none of them is then a target's own.
+    """
+    asked = poses[:, -config.targets :].roll(-wrong, 1)
     made = [
         sampler.continue_sets(
             preceding,
             keys,
             first_image=n,
             condition=poses[:, :count],
-            target_condition=poses[:, n - config.targets, None],
+            target_condition=asked[:, n, None],
             **_conditions(config),
         )
         for n in range(config.targets)
@@ -254,6 +277,8 @@ def _tell(
 
     rows = [row("M2M-DINO", f"m2m.{count}", count) for count in config.preceding]
     rows.append(row("M2M-DINO, one after the other", "sequence", 1))
+    if config.wrong_pose:
+        rows += [row(_WRONG, f"wrong.{count}", count) for count in config.preceding]
     rows += [row(_NEAREST, f"nearest.{count}", count) for count in config.preceding]
     rows.append(row(_CEILING, "ceiling", None))
     run.table("New views against the true ones", rows)
@@ -266,6 +291,7 @@ def _tell(
             {
                 "preceding views": x,
                 "M2M-DINO": [r[title] for r in rows if r["views"] == "M2M-DINO"],
+                **({_WRONG: [r[title] for r in rows if r["views"] == _WRONG]} if config.wrong_pose else {}),
                 _NEAREST: [r[title] for r in rows if r["views"] == _NEAREST],
                 _CEILING: [rows[-1][title]] * len(x),
                 **_errors(per_set, title, config.preceding),
@@ -276,7 +302,7 @@ def _tell(
         **{f"{title} from {most} views": round(best[title], 4) for title in titles.values()},
         lpips=None if config.lpips else "left out: its weights are not configured",
     )
-    generated = objects * config.targets * (len(config.preceding) + 1)
+    generated = objects * config.targets * (len(config.preceding) * (2 if config.wrong_pose else 1) + 1)
     run.count(objects=objects, generated_images=generated)
     metrics = {"rows": rows, "by_angle": angles} | ({"planted": proof} if proof else {})
     conclude(run, metrics, per_set)

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from m2m.evaluation.protocol import at_size
 from m2m.generation.noise import keyed_generator, namespaced
-from m2m.tiny.world import ATTRIBUTES, describe, draw, sample_scene
+from m2m.tiny.sketch import RENDERERS, Renderer
+from m2m.tiny.world import ATTRIBUTES, describe, sample_scene
 
 Planted = Literal["oracle", "copier", "guesser", "drifter"]
 PLANTED: tuple[Planted, ...] = get_args(Planted)
@@ -32,10 +33,12 @@ class WorldSets:
     Args:
         fixed: the shared attributes of each set.
         seed: namespace of the drawing; a set's picture n is the same whoever asks for it.
+        renderer: who draws.
     """
 
-    def __init__(self, fixed: Sequence[Mapping[str, str]], seed: int) -> None:
+    def __init__(self, fixed: Sequence[Mapping[str, str]], seed: int, renderer: Renderer = "world") -> None:
         self.fixed = list(fixed)
+        self._draw = RENDERERS[renderer]
         self._seed = namespaced(seed, "true pictures")
 
     @classmethod
@@ -59,7 +62,7 @@ class WorldSets:
         """Pictures of a set, uint8 (len(numbers), 3, 64, 64); with `ignore` as if it shared nothing."""
         drawn = [keyed_generator(self._seed, key, 2 * n + ignore) for n in numbers]
         fixed = {} if ignore else self.fixed[key]
-        return _stacked([draw(sample_scene(rng, fixed), rng) for rng in drawn])
+        return _stacked([self._draw(sample_scene(rng, fixed), rng) for rng in drawn])
 
 
 class PlantedSampler:
@@ -77,12 +80,15 @@ class PlantedSampler:
     def continue_sets(
         self, preceding: Tensor, keys: Sequence[int], num_images: int = 1, *, first_image: int = 0, **_: Any
     ) -> Tensor:
-        """As `Sampler.continue_sets`: uint8 (B, W, 3, H, W) -> (B, num_images, 3, H, W). Guidance changes nothing."""
-        if self.kind == "copier":
+        """As `Sampler.continue_sets`: uint8 (B, W, 3, H, W) -> (B, num_images, 3, H, W). Guidance changes nothing.
+
+        Where nothing precedes, all guess.
+        """
+        if self.kind == "copier" and preceding.shape[1]:
             picks = torch.tensor([key % preceding.shape[1] for key in keys])
             return preceding[torch.arange(len(keys)), picks][:, None].expand(-1, num_images, -1, -1, -1).contiguous()
         numbers = range(self._first + first_image, self._first + first_image + num_images)
-        ignore = self.kind == "guesser"
+        ignore = self.kind == "guesser" or not preceding.shape[1]
         made = at_size(torch.stack([self._sets.pictures(key, numbers, ignore=ignore) for key in keys]), self.size)
         return worsened(made, [n - self._first for n in numbers]) if self.kind == "drifter" else made
 

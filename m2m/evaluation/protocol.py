@@ -167,7 +167,8 @@ class Sampler:
             keys: one number a set: the same key and image number give the same noise in every batch and run.
             first_image: number of the first generated image in the noise's key.
             guidance_scale: instead of the settings'.
-            conditions: `condition`, `target_condition`, `condition_guidance_scale` of the pipeline.
+            conditions: `condition`, `target_condition`, `condition_guidance_scale` of the pipeline; or its
+                `context_window`, `context_sink`, `context_noise`, instead of the settings'.
 
         Returns:
             uint8 (B, num_images, 3, H, W) on the CPU.
@@ -185,11 +186,9 @@ class Sampler:
             num_images=num_images,
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale if guidance_scale is None else guidance_scale,
-            context_window=sampling.context_window,
-            context_sink=sampling.context_sink,
             latents=torch.stack(noise),
             output_type="pt",
-            **conditions,
+            **{"context_window": sampling.context_window, "context_sink": sampling.context_sink, **conditions},
         ).images
         return _to_bytes(made)
 

@@ -1,14 +1,17 @@
 """How quality holds over long sequences: the paper's stated limit (section 9).
 
-Belongs here: one long sequence a set, measured image by image. Not here: remedies (the context window is a setting).
+Belongs here: one long sequence a set, measured image by image, also with remedies of sampling. Not here: remedies of
+training (`rollout_share`, `random_context`, `context_noise` of `pretrain`): other models, evaluated alike.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from m2m.config import Later, Settings
 from m2m.evaluation.encoders import Clip, Dino, Reader
 from m2m.evaluation.grids import write_grid
 from m2m.evaluation.measures import appearance, cosine
@@ -37,12 +40,25 @@ _TITLES = {
 _RELATIVE = ("sharpness", "contrast", "saturation")
 
 
+class Remedy(Settings):
+    """What is read of preceding images in a long sequence, instead of what `sampling` says."""
+
+    context_window: int | None = Field(None, ge=1, description="W: how many preceding images are read")
+    context_sink: int = Field(0, ge=0, description="how many of W are always the first images")
+    context_noise: int = Field(
+        0, ge=0, description="timestep of noise on what is read: M2M-Self alone, trained with pretrain.context_noise"
+    )
+
+
 class Rollouts(EvaluationConfig):
     """Settings of the long sequences."""
 
     sets: int = Field(64, ge=1, description="random test sets; all where there are fewer")
     preceding: int = Field(4, ge=1, description="images that each set begins with")
     num_images: int = Field(16, ge=2, description="images generated after them, one after the other")
+    remedies: Annotated[dict[str, Remedy], Later()] = Field(
+        {}, description="by name: further rollouts of the same sets, from the same noise, to compare"
+    )
 
 
 @over_noises
@@ -53,11 +69,11 @@ def evaluate_rollouts(config: Rollouts, run: StageRun) -> None:
     per_set = PerSet()
     errors: dict[str, dict[str, list[float]]] = {}
     count = 0
-    for name, sampler in samplers(config, run):
+    for name, sampler, remedy in _each_way(config, run):
         sets = SetPictures(run, sampler)
         chosen = config.choose(len(sets), config.sets, "rollouts")
         count = len(chosen)
-        found = _roll(config, run, name, sampler, sets, chosen, dino, clip, reader)
+        found = _roll(config, run, name, sampler, remedy, sets, chosen, dino, clip, reader)
         curves[name] = _by_image(found, [sets.caption(i) for i in chosen])
         part = max(1, config.num_images // 4)
         for key in ("dino", "clip"):
@@ -76,11 +92,21 @@ def evaluate_rollouts(config: Rollouts, run: StageRun) -> None:
     _tell(config, run, curves, errors, count, per_set)
 
 
+def _each_way(config: Rollouts, run: StageRun) -> Iterator[tuple[str, Sampler, Mapping[str, int | None]]]:
+    """Both models as the settings have them, and with each remedy that they know."""
+    for name, sampler in samplers(config, run):
+        yield name, sampler, {}
+        for title, remedy in config.remedies.items():
+            if not remedy.context_noise or sampler.pipeline.unet.variant == "self":
+                yield f"{name}, {title}", sampler, remedy.model_dump()
+
+
 def _roll(
     config: Rollouts,
     run: StageRun,
     name: str,
     sampler: Sampler,
+    remedy: Mapping[str, int | None],
     sets: SetPictures,
     chosen: Sequence[int],
     dino: Dino,
@@ -90,7 +116,7 @@ def _roll(
     def measure(batch: range) -> dict[str, Tensor]:
         indices = [chosen[place] for place in batch]
         preceding = sets.stack(indices, range(config.preceding))
-        made = sampler.continue_sets(preceding, [sets.key(i) for i in indices], config.num_images)
+        made = sampler.continue_sets(preceding, [sets.key(i) for i in indices], config.num_images, **remedy)
         told: dict[str, Tensor] = {"pictures": made[: max(0, config.shown - batch.start)]}
         for key, look in {"dino": dino.pictures, "clip": clip.pictures}.items():
             now, before = each_picture(look, made), each_picture(look, preceding)
@@ -151,5 +177,5 @@ def _tell(
             if key == "dino":
                 run.figure(**{f"dino_likeness_change_{name.removeprefix('M2M-').lower()}": round(last - first, 4)})
     run.table("From the first images to the last", rows)
-    run.count(sets=sets, generated_images=sets * config.num_images * 2)
+    run.count(sets=sets, generated_images=sets * config.num_images * len(curves))
     conclude(run, {name: dict(found) for name, found in curves.items()}, per_set)

@@ -26,6 +26,7 @@ from m2m.data.sets import LATENTS, ImageSets, SetsIndex, SetTable, picture_name,
 from m2m.data.shard_reader import ShardReader
 from m2m.data.shards import ShardWriter, npy_bytes
 from m2m.errors import ArtifactError, ConfigError, InputError
+from m2m.generation.drawn import drawn_pictures
 from m2m.generation.noise import keyed_normal, namespaced
 from m2m.generation.one_behind import one_behind
 from m2m.generation.shard_work import (
@@ -36,7 +37,7 @@ from m2m.generation.shard_work import (
     settings_of,
     shard_fingerprint,
 )
-from m2m.models.autoencoder import decode_latents, pixels_per_latent
+from m2m.models.autoencoder import decode_latents, encode_images, pixels_per_latent
 from m2m.models.sd21 import SD21_BASE_UNET, SD21_VAE_SCALE_FACTOR
 from m2m.models.text_to_image import as_ddim, load_text_to_image, load_unet_config, model_folder
 from m2m.pictures import contact_sheet
@@ -50,6 +51,11 @@ class GenerateSets(StageConfig):
     """A set of images for each caption, by a text-to-image model."""
 
     text_to_image: ModelSource = Field(description="Stable Diffusion: a folder, or a hub id; paper: 2.1 base")
+    drawn: Annotated[bool, Later()] = Field(
+        default=False,
+        description="the tiny world draws what captions name, and of the text-to-image model only the autoencoder is "
+        "used: sets of which the truth is known; for the world's captions",
+    )
     shards: int = Field(ge=1, description="files to make, each a partition; captions used: shards x sets_per_shard")
     sets_per_shard: int = Field(default=1000, ge=1, description="the last shard may hold fewer")
     per_split: dict[Literal["train", "validation", "test"], Annotated[int, Field(ge=0)]] | None = Field(
@@ -217,6 +223,8 @@ class SetMaker:
 
     def latents(self, caption_id: int, caption: str) -> np.ndarray:
         """One set's latents as the U-Net sees them, float16 (images, C, h, w)."""
+        if self._config.drawn:
+            return self._latents_of_drawn(caption_id, caption)
         made: Any = self.pipeline(
             prompt=[caption],
             num_images_per_prompt=self._config.images_per_set,
@@ -229,6 +237,12 @@ class SetMaker:
             return_dict=False,
         )
         return made[0].float().cpu().numpy().astype(np.float16)
+
+    @torch.no_grad()
+    def _latents_of_drawn(self, caption_id: int, caption: str) -> np.ndarray:
+        images, size = self._config.images_per_set, self.image_size
+        drawn = drawn_pictures(self._namespace, caption_id, caption, images, size)
+        return encode_images(self.pipeline.vae, drawn).float().cpu().numpy().astype(np.float16)
 
     def sampled(self, row: Mapping[str, Any]) -> np.ndarray:
         """The latents of one caption's set.

@@ -1,4 +1,4 @@
-"""`python -m m2m.tiny`: write the default inputs, train the small models, ship them, measure them.
+"""`python -m m2m.tiny`: write the default inputs, train the small models, ship them, measure them, show results.
 
 Belongs here: the command line. Not here: what the commands do.
 """
@@ -52,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     m2m.set_defaults(run=_m2m)
 
     export = commands.add_parser("export", help="ship the newest checkpoints, also of unfinished trainings")
-    export.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODELS)}; default all")
+    export.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"default: {', '.join(MODELS)}. Also m2m-self, m2m-dino-1 (of seed 1)"
+    )
     export.add_argument("--out", type=Path, default=WEIGHTS)
     export.set_defaults(run=_export)
 
@@ -62,6 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--samples", type=int, default=500, help="text-to-image samples")
     measure.add_argument("--grid", type=Path, help="also write a PNG of samples here")
     measure.set_defaults(run=_measure)
+    results = commands.add_parser("results", help="fill the marked places of the page of results from outputs")
+    results.add_argument("outputs", type=Path, nargs="+", help="outputs/tiny_claims, one folder for each seed")
+    results.add_argument("--page", type=Path, default=Path("docs/results/README.md"))
+    results.add_argument("--weights", type=Path, default=WEIGHTS)
+    results.set_defaults(run=_results)
     return parser
 
 
@@ -113,6 +120,13 @@ def _measure(arguments: argparse.Namespace) -> None:
     from m2m.tiny.measure import measure
 
     measure(arguments.weights, arguments.pictures, arguments.samples, arguments.grid)
+
+
+def _results(arguments: argparse.Namespace) -> None:
+    from m2m.tiny.results import rebuild
+
+    for place in rebuild(arguments.page, arguments.outputs, arguments.weights):
+        print(f"not in the outputs: {place}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
-from m2m.tiny import autoencoder, classifier, clip, dino, text_to_image
+from m2m.tiny import autoencoder, classifier, clip, dino, many_to_many, text_to_image
 from m2m.tiny.training import OUTPUTS
 from m2m.tiny.world import SIZE
 
@@ -18,7 +18,7 @@ _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "LICENS
 
 
 def export(name: str, out: Path) -> Path:
-    """Write the newest checkpoint of training `name` into its folder under `out`.
+    """Write the newest checkpoint of training `name` into its folder under `out`; M2M's are `m2m-self`, `m2m-dino-1`.
 
     The autoencoder and the U-Net share one folder, so either export rewrites it with whatever both have by then.
     """
@@ -40,6 +40,8 @@ def export(name: str, out: Path) -> Path:
         _preprocessor(out / "dinov2", "BitImageProcessor", dino.MEAN, dino.STD)
         _load_as_float32(out / "dinov2")
         return _with_log(out / "dinov2", name)
+    if name.startswith("m2m-"):
+        return many_to_many.ship_newest(name, out)
     return _export_stable_diffusion(out / "stable-diffusion")
 
 

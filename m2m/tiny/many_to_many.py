@@ -5,7 +5,6 @@ loop and loss as the stage `pretrain`), the stage itself, which goes on from the
 """
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,22 +14,28 @@ import torch
 from torch import Tensor
 
 from m2m.config import Compute
+from m2m.errors import ArtifactError
 from m2m.models.text_to_image import load_ddim, load_dino, load_vae
+from m2m.models.unet import ManyToManyUNet
 from m2m.pipelines.many_to_many import ManyToManyPipeline
 from m2m.progress import Progress
+from m2m.tiny import WEIGHTS
 from m2m.tiny.training import OUTPUTS
 from m2m.tiny.world import ATTRIBUTES, draw, sample_scene
+from m2m.training import checkpoints
 from m2m.training.acceleration import open_accelerator
-from m2m.training.loop import train
+from m2m.training.log import LOG
+from m2m.training.loop import CHECKPOINTS, train
 from m2m.training.objective import Objective, SetLoss
 from m2m.training.settings import TrainingSettings
-from m2m.training.starting import fresh_unet
+from m2m.training.starting import feature_width, fresh_unet
 from m2m.training.timesteps import TimestepSampling
 
 Variant = Literal["self", "dino"]
 Timesteps = Literal["uniform", "shifted"]
 IMAGES_PER_SET = 5
 SHARED = 0.7  # how often an attribute is the same in all pictures of a set
+_MADE_BY = "made_by.json"
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,8 @@ def train_many_to_many(
             "compute": Compute(threads=threads, dtype="bfloat16"),
         }
     )
+    command = f"python -m m2m.tiny m2m {variant} --steps {steps} --sets {sets} --timesteps {timesteps} --seed {seed}"
+    (work / _MADE_BY).write_text(json.dumps({"command": command}) + "\n")
     accelerator = open_accelerator(settings.compute)
     dino = load_dino(str(weights / "dinov2"), Path.cwd()) if variant == "dino" else None
     width = None if dino is None else dino.config.hidden_size
@@ -128,9 +135,37 @@ def train_many_to_many(
         belongs_to=belongs_to,
         label=name,
     )
-    out = weights / name
+    return _ship(unet, weights / name, command, (work / LOG).read_text())
+
+
+def ship_newest(name: str, weights: Path) -> Path:
+    """Ship the averaged weights of the newest checkpoint of a training, also of one that goes on or was stopped.
+
+    Args:
+        name: of the training's folder in `outputs/tiny-models`: `m2m-self`, `m2m-dino-1`.
+
+    Raises:
+        ArtifactError: it has no whole checkpoint.
+    """
+    work = OUTPUTS / name
+    found = checkpoints.load_newest(work / CHECKPOINTS, None, print)
+    if found is None:
+        raise ArtifactError(f"{work / CHECKPOINTS}: no whole checkpoint here: `python -m m2m.tiny m2m` leaves them")
+    variant, sets, seed = found.belongs_to.split("-")
+    source, width = str(WEIGHTS / "stable-diffusion"), None
+    if variant == "dino":
+        width = feature_width(str(WEIGHTS / "dinov2"), Path.cwd())
+    unet = fresh_unet(source, Path.cwd(), variant, width, int(seed), {})
+    unet.load_state_dict(found.tensors["average"])
+    command = f"python -m m2m.tiny m2m {variant} --steps {found.step} --sets {sets} --seed {seed}"
+    told = work / _MADE_BY
+    if told.is_file():
+        command = f"{json.loads(told.read_text())['command']} (as after step {found.step})"
+    return _ship(unet, weights / name, command, found.log)
+
+
+def _ship(unet: ManyToManyUNet, out: Path, command: str, log: str) -> Path:
     unet.half().save_pretrained(out / "unet")
-    command = f"python -m m2m.tiny m2m {variant} --steps {steps} --sets {sets} --timesteps {timesteps} --seed {seed}"
-    (out / "made_by.json").write_text(json.dumps({"command": command}) + "\n")
-    shutil.copyfile(work / "training_log.jsonl", out / "training_log.jsonl")
+    (out / _MADE_BY).write_text(json.dumps({"command": command}) + "\n")
+    (out / LOG).write_text(log)
     return out

@@ -17,7 +17,7 @@ def steps_per_epoch(sets: int, batch: int) -> int:
 
 def total_steps(settings: TrainingSettings, sets: int) -> int:
     """Optimizer steps of the whole training."""
-    return settings.steps or settings.epochs * steps_per_epoch(sets, settings.sets_per_step)
+    return settings.epochs * steps_per_epoch(sets, settings.sets_per_step) if settings.steps is None else settings.steps
 
 
 @dataclass(frozen=True)

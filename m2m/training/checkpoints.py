@@ -48,8 +48,10 @@ def save_best(folder: Path, checkpoint: Checkpoint) -> Path:
     return _save(folder, _BEST, checkpoint, 1)
 
 
-def load_newest(folder: Path, belongs_to: str, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that is whole and belongs to these settings; bad ones are named and passed over."""
+def load_newest(folder: Path, belongs_to: str | None, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that is whole and belongs to these settings (None: to any); bad ones are named and passed
+    over.
+    """
     return _load_newest(folder, _STEP, belongs_to, say)
 
 
@@ -88,7 +90,7 @@ def _save(folder: Path, kind: str, checkpoint: Checkpoint, keep: int) -> Path:
     return final
 
 
-def _load_newest(folder: Path, kind: str, belongs_to: str, say: Callable[[str], None]) -> Checkpoint | None:
+def _load_newest(folder: Path, kind: str, belongs_to: str | None, say: Callable[[str], None]) -> Checkpoint | None:
     for path in _newest_first(folder, kind):
         try:
             return _load(path, belongs_to)
@@ -97,17 +99,17 @@ def _load_newest(folder: Path, kind: str, belongs_to: str, say: Callable[[str], 
     return None
 
 
-def _load(path: Path, belongs_to: str) -> Checkpoint:
+def _load(path: Path, belongs_to: str | None) -> Checkpoint:
     state = json.loads((path / _STATE).read_bytes())
     if state["format"] != FORMAT:
         raise ValueError(f"it has format {state['format']}, not {FORMAT}")
-    if state["belongs_to"] != belongs_to:
+    if belongs_to not in (None, state["belongs_to"]):
         raise ValueError("it was made with other settings")
     for name, digest in state["files"].items():
         if _sha256(path / name) != digest:
             raise ValueError(f"{name} is damaged")
     tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in state["files"] if name != _LOG}
-    return Checkpoint(state["step"], tensors, (path / _LOG).read_text("utf-8"), belongs_to, state["numbers"])
+    return Checkpoint(state["step"], tensors, (path / _LOG).read_text("utf-8"), state["belongs_to"], state["numbers"])
 
 
 def _newest_first(folder: Path, kind: str) -> list[Path]:

@@ -220,5 +220,5 @@ def _say(log: Sequence[LogLine], before: float | None, after: float | None, run:
     run.check("loss_finite", all(map(math.isfinite, losses)), "a loss is not finite: see training_log.jsonl")
 
 
-def _mean(lines: Sequence[LogLine]) -> float:
-    return sum(line.loss for line in lines) / len(lines)
+def _mean(lines: Sequence[LogLine]) -> float | None:
+    return sum(line.loss for line in lines) / len(lines) if lines else None  # with steps=0 there are none

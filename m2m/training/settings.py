@@ -28,7 +28,11 @@ class TrainingSettings(StageConfig):
     )
     micro_batch: int = Field(4, ge=1, description="sets in one forward pass of one process; gradients are accumulated")
     epochs: int = Field(1, ge=1, description=f"passes over the sets; {_PAPER_SILENT}")
-    steps: int | None = Field(None, ge=1, description="optimizer steps; decides instead of `epochs` where given")
+    steps: int | None = Field(
+        None,
+        ge=0,
+        description="optimizer steps; decides instead of `epochs` where given; 0: the starting weights as they are",
+    )
     learning_rate: float = Field(1e-5, gt=0, description="constant")
     warmup_steps: int = Field(0, ge=0, description="steps of linear growth from 0 to the learning rate")
     weight_decay: float = Field(1e-2, ge=0, description=f"AdamW's default; {_PAPER_SILENT}")

@@ -24,7 +24,7 @@ from assets_defs.profile import PROFILE
 from m2m.arguments import EXIT_CALL_AGAIN
 from m2m.config import Resources
 from m2m.stages import Stage, resources
-from orchestration.launchers.following import digest, is_over, nobody_follows
+from orchestration.launchers.following import digest, is_orphan, may_take_up
 from orchestration.launchers.kubernetes_manifests import (
     CONTAINER,
     LAUNCH_LABEL,
@@ -121,7 +121,10 @@ class KubernetesLauncher(dg.ConfigurableResource):
             orphans = [
                 found.metadata.name
                 for found in jobs
-                if not _has_ended(found) and is_over(instance, found.metadata.labels[RUN_LABEL], self.orphan_seconds)
+                if not _has_ended(found)
+                and is_orphan(
+                    instance, JOB_TAG, found.metadata.name, found.metadata.labels[RUN_LABEL], self.orphan_seconds
+                )
             ]
             for name in orphans:
                 cluster.delete(name)
@@ -165,10 +168,10 @@ class _Cluster:
         with self.clear_refusals():
             jobs = self.jobs(f"{LAUNCH_LABEL}={commands}")
         for found in jobs:
-            run = found.metadata.labels[RUN_LABEL]
-            mine = run == context.run.run_id
-            if not _has_ended(found) and (mine or nobody_follows(context.instance, run)):
-                return found.metadata.name, run
+            name, run = found.metadata.name, found.metadata.labels[RUN_LABEL]
+            free = not _has_ended(found) and may_take_up(context.instance, context.run.run_id, JOB_TAG, name, run)
+            if free:
+                return name, run
         return None
 
     def start(

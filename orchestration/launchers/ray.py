@@ -27,7 +27,7 @@ from assets_defs.profile import PROFILE
 from m2m.arguments import EXIT_CALL_AGAIN
 from m2m.config import Resources, project_root
 from m2m.stages import Stage, resources
-from orchestration.launchers.following import digest, is_over, nobody_follows
+from orchestration.launchers.following import digest, is_orphan, may_take_up
 from orchestration.launchers.messages import MessageFiles
 from orchestration.launchers.outcome import last_of_each, results, stage_arguments
 from orchestration.launchers.process_mark import RUN_TAG, this_process
@@ -115,7 +115,7 @@ class RayLauncher(dg.ConfigurableResource):
                 for job in ray.list_jobs()
                 if "m2m_run" in (job.metadata or {})
                 and not job.status.is_terminal()
-                and is_over(instance, job.metadata["m2m_run"], self.orphan_seconds)
+                and is_orphan(instance, JOB_TAG, job.submission_id, job.metadata["m2m_run"], self.orphan_seconds)
             ]
             for orphan in orphans:
                 ray.stop_job(orphan)
@@ -169,7 +169,7 @@ def _left_by_an_earlier_run(ray: Any, context: dg.AssetExecutionContext, command
     for job in ray.list_jobs():
         said = job.metadata or {}
         same = said.get("m2m_launch") == commands and not job.status.is_terminal()
-        if same and (said["m2m_run"] == context.run.run_id or nobody_follows(context.instance, said["m2m_run"])):
+        if same and may_take_up(context.instance, context.run.run_id, JOB_TAG, job.submission_id, said["m2m_run"]):
             return job
     return None
 

@@ -9,8 +9,6 @@ it and a digest of its commands. So nothing that Dagster's process forgets by dy
 """
 
 import contextlib
-import hashlib
-import json
 import math
 import re
 import shutil
@@ -29,12 +27,13 @@ from assets_defs.profile import PROFILE
 from m2m.config import Resources, project_root
 from m2m.stages import Stage, resources
 from orchestration.launchers import slurm_jobs
+from orchestration.launchers.following import digest, is_orphan, may_take_up
 from orchestration.launchers.job_logs import passed_on
 from orchestration.launchers.messages import MessageFiles
 from orchestration.launchers.outcome import MAX_RETRIES, last_of_each, results, stage_arguments
-from orchestration.launchers.process_mark import RUN_TAG, is_lost, this_process
+from orchestration.launchers.process_mark import RUN_TAG, this_process
 from orchestration.launchers.slurm_jobs import NoAnswer, Refused, Task
-from orchestration.launchers.slurm_mark import JOB_TAG, Mark, followed, over
+from orchestration.launchers.slurm_mark import JOB_TAG, Mark
 from orchestration.launchers.slurm_outcome import counted, end_of
 from orchestration.launchers.slurm_script import JobFolder, arguments, processes_a_node, script
 
@@ -116,10 +115,7 @@ class SlurmLauncher(dg.ConfigurableResource):
             return []
         try:
             jobs = [(job.id, mark) for job in slurm_jobs.active() if (mark := Mark.read(job.comment))]
-            taken_up = followed(instance)
-            orphans = [
-                job for job, mark in jobs if job not in taken_up and over(instance, mark.run, self.orphan_seconds)
-            ]
+            orphans = [job for job, mark in jobs if is_orphan(instance, JOB_TAG, job, mark.run, self.orphan_seconds)]
             if orphans:
                 slurm_jobs.cancel(orphans)
         except NoAnswer:
@@ -138,21 +134,17 @@ class SlurmLauncher(dg.ConfigurableResource):
             parts = [keys[start : start + each] for start in range(0, len(keys), each)]
         commands = [[*self.command, *stage_arguments(stage, PROFILE, launch, part)] for part in parts]
         output = stage.folder(PROFILE).resolve()
-        name = f"m2m-{PROFILE.name}-{stage.key}-{_digest(str(output))}"
-        mark = Mark(context.run.run_id, _digest(json.dumps(commands)), _new_folder_name(context))
+        name = f"m2m-{PROFILE.name}-{stage.key}-{digest(str(output))}"
+        mark = Mark(context.run.run_id, digest(commands), _new_folder_name(context))
         return _Wanted(name, commands, mark, stage.partitioned)
 
     def _left_by_an_earlier_run(self, context: dg.AssetExecutionContext, wanted: "_Wanted") -> "_Found | None":
         """A job that does what is wanted and that nobody follows any more."""
         jobs = self._patiently(context, lambda: slurm_jobs.active(wanted.name))
-        busy = followed(context.instance, except_run=context.run.run_id)
         for job in jobs:
             mark = Mark.read(job.comment)
-            if not mark or mark.commands != wanted.mark.commands or job.id in busy:
-                continue
-            run = context.instance.get_run_by_id(mark.run)
-            mine = mark.run == context.run.run_id
-            if mine or (run and (run.is_finished or is_lost(run.tags.get(RUN_TAG, "")))):
+            same = mark is not None and mark.commands == wanted.mark.commands
+            if same and may_take_up(context.instance, context.run.run_id, JOB_TAG, job.id, mark.run):
                 return _Found(job.id, mark)
         return None
 
@@ -306,7 +298,3 @@ def _new_folder_name(context: dg.AssetExecutionContext) -> str:
 
 def _step(context: dg.AssetExecutionContext) -> str:
     return context.op_execution_context.get_step_execution_context().step.key
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -23,4 +23,4 @@ end() { # FILE NAME: a pid may have been given to another process since
 end "$root/run/slurmctld.pid" slurmctld
 for pid in "$root"/run/slurmd.*.pid; do end "$pid" slurmd; done
 end "$root/munge/pid" munged
-rm -rf "$root"/{state,spool.*}
+rm -rf "$root"/{state,spool.*,full}

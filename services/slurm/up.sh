@@ -72,9 +72,12 @@ PreemptMode=REQUEUE
 SlurmdParameters=config_overrides
 JobSubmitPlugins=lua
 CONF
-cat >"$root/job_submit.lua" <<'LUA' # accounts without a database of them: vision is one, and none need be named
+# without a database of accounts: vision is one, and none need be named; the file `full` stands for a user's most jobs
+cat >"$root/job_submit.lua" <<LUA
 function slurm_job_submit(job, partitions, user)
   if job.account ~= nil and job.account ~= "vision" then return 2045 end -- ESLURM_INVALID_ACCOUNT
+  local full = io.open("$root/full")
+  if full then full:close() return 2050 end -- ESLURM_ACCOUNTING_POLICY
   return slurm.SUCCESS
 end
 function slurm_job_modify(job, record, partitions, user) return slurm.SUCCESS end

@@ -48,6 +48,7 @@ def test_speed_of_training_is_that_of_the_real_loop(monkeypatch, capsys):
         ("captions", ["--captions", "600", "--fuzzed", "300", "--rows", "0"]),
         ("reads", ["--sets", "100", "--passes", "1"]),
         ("waiting", ["--sets", "20", "--workers", "1"]),
+        ("generation", ["--sets", "2", "--images", "2", "--steps", "1"]),
     ],
 )
 def test_a_benchmark_of_data_ends_with_its_figures(monkeypatch, capsys, name, argv):

@@ -10,13 +10,13 @@ import torch
 from m2m.config import Compute
 from m2m.data.objaverse import ObjaverseViews
 from m2m.data.vgsi import Procedures
+from m2m.evaluation.agreement import agreement, draw_trials, reading_accuracy
 from m2m.evaluation.encoders import ClassifierBackbone, Clip, Dino, Reader
 from m2m.evaluation.instruments import RANKS, Tools, prove
 from m2m.evaluation.lpips import Lpips, learnt_heads
 from m2m.evaluation.planted import PLANTED, PlantedSampler, WorldSets
 from m2m.evaluation.planted_steps import prove_steps
 from m2m.evaluation.planted_views import prove_views
-from m2m.evaluation.preceding_images import PrecedingImages, _draw_trials, _reading_accuracy, agreement
 from m2m.evaluation.proofs import Proof
 from m2m.evaluation.steps import StepMeasures
 from m2m.evaluation.views import AMONG, ViewMeasures
@@ -84,14 +84,13 @@ def test_every_measure_of_steps_ranks_planted_models_and_order_matters_to_the_on
 
 
 @pytest.fixture(scope="module", params=SEEDS, ids="seed {}".format)
-def trials(request, small_world):
-    config = PrecedingImages.model_validate({**small_world.settings, "trials": 150, "seed": 3 + request.param})
-    return _draw_trials(config, SIZE)
+def trials(request):
+    return draw_trials(150, 4, 3 + request.param, SIZE)
 
 
 @pytest.fixture(scope="module")
 def accuracy(trials, reader):
-    return _reading_accuracy(lambda pictures: pictures, trials, reader)
+    return reading_accuracy(lambda pictures: pictures, trials, reader)
 
 
 def _continued(kind, trials, reader, count):
@@ -115,6 +114,29 @@ def test_copier_and_guesser_are_off_the_curve_on_opposite_sides(trials, reader, 
     assert far("guesser") < -4
     # after four equal images an attribute is nearly certain: only where one image cannot tell is a copy too sure
     assert far("copier") > (4 if count == 1 else 0)
+
+
+def test_where_nothing_precedes_nobody_can_know(trials, reader, accuracy):
+    for kind in PLANTED[:3]:
+        found = agreement(trials, _continued(kind, trials, reader, 0), 0, PRIORS, accuracy)
+        assert set(found) == {"agreement", "kept"} and abs(found["agreement"].off) < 4, kind
+        assert found["kept"].values.mean() < 0.4
+
+
+def test_what_is_kept_is_the_mean_over_the_attributes(trials, reader, accuracy):
+    kept = agreement(trials, _continued("drifter", trials, reader, 2), 2, PRIORS, accuracy)["kept"]
+    assert list(kept.by_attribute) == list(PRIORS)
+    assert np.mean(list(kept.by_attribute.values())) == pytest.approx(kept.values.mean())
+
+
+def test_sketches_are_of_the_same_attributes_and_read_as_such(reader):
+    drawn, sketched = (draw_trials(60, 2, 0, SIZE, renderer) for renderer in ("world", "sketch"))
+    assert drawn.labels is not None and sketched.labels is not None and sketched.sets is not None
+    assert not torch.equal(drawn.pictures, sketched.pictures)
+    # the classifier never saw one: what it misreads is corrected for, and so must be little
+    assert min(reading_accuracy(lambda pictures: pictures, sketched, reader).values()) > 0.75
+    both = [PlantedSampler("oracle", of.sets, SIZE, 2).continue_sets(of.pictures, of.keys) for of in (drawn, sketched)]
+    assert not torch.equal(*both)
 
 
 def test_planted_pictures_depend_on_key_and_number_alone():

@@ -15,11 +15,11 @@ from transformers import CLIPModel, CLIPTokenizer
 from m2m.config import Compute
 from m2m.errors import InputError
 from m2m.evaluation import encoders
+from m2m.evaluation.agreement import corrected, ideal_agreement
 from m2m.evaluation.consistency import asked_and_free
 from m2m.evaluation.encoders import Clip, Reader, inception_weights
 from m2m.evaluation.grids import write_grid
 from m2m.evaluation.measures import clip_scores
-from m2m.evaluation.preceding_images import corrected, ideal_agreement
 from m2m.evaluation.protocol import at_size
 from m2m.evaluation.views import view_angles
 from m2m.tiny.world import ATTRIBUTES, Scene, describe
@@ -42,6 +42,7 @@ def test_the_ideal_observer_is_what_simulated_sets_do(prior, values, preceding):
 def test_the_ideal_observer_is_surer_with_every_image_that_agrees():
     rates = [ideal_agreement(0.66, 4, k) for k in range(1, 6)]
     assert rates == sorted(rates) and rates[-1] > 0.99
+    assert ideal_agreement(0.66, 4, 0) == 0.25  # of nothing, nothing can be concluded
     assert ideal_agreement(1.0, 4, 1) == 1 and ideal_agreement(0.0, 4, 3) == pytest.approx(0.25)
 
 

@@ -128,6 +128,63 @@ def test_without_a_reader_preceding_images_come_from_test_sets(evaluate):
     assert all("agreement" not in row and 0 <= row["CLIP to all preceding"] <= 100 for row in rows)
 
 
+def test_preceding_images_in_detail_without_context_over_guidances_and_of_sketches(evaluate):
+    settings = {"trials": 6, "preceding": [0, 2], "guidances": [3], "in_detail": True, "sketches": True}
+    run = evaluate("preceding_images", **settings, shared_rate=0.7)
+    tables = run.summary["tables"]
+    rows = [row for row in tables["By number of preceding images"] if row["model"].startswith("M2M-Self")]
+    assert [(row["model"], row["guidance"], row["preceding images"]) for row in rows] == [
+        *[("M2M-Self", guidance, count) for guidance in (1.0, 3.0, 7.5) for count in (0, 2)],
+        *[("M2M-Self, of sketches", 7.5, count) for count in (0, 2)],
+    ]
+    # nothing is read, so that there is nothing to guide to
+    assert len({row["CLIP to all preceding"] for row in rows[:-2] if not row["preceding images"]}) == 1
+    by_attribute = [row for row in tables["Kept where shared, by attribute"] if row["model"] == "M2M-Self"]
+    for row, kept in zip(by_attribute, rows):
+        read = [row[name] for name in ("shape", "colour", "count", "background", "texture") if name in row]
+        assert row["mean"] == pytest.approx(kept["kept where shared"]) == pytest.approx(sum(read) / len(read))
+    near = tables["Distance to the nearest preceding image"]
+    assert all(row["preceding images"] == 2 and row["nearest: RMSE"] >= 0 for row in near)
+    assert {row["model"]: row["over the same in true sets"] for row in near}["planted: oracle"] == 1
+    assert {row["model"]: row["nearest: RMSE"] for row in near}["planted: copier"] == 0
+    curve = run.summary["curves"]["Kept where shared, by guidance scale"]
+    assert curve["guidance scale"] == [1.0, 3.0, 7.5] and "M2M-Self, of sketches" not in curve
+    plain = evaluate("preceding_images", "plain", **SETTINGS["preceding_images"])
+    assert set(plain.summary["tables"]) == {
+        "By number of preceding images",
+        "The attributes",
+        *(title for title in plain.summary["tables"] if title.startswith("Do the measures tell")),
+    }
+
+
+def test_a_wrong_pose_is_another_targets_and_needs_one(evaluate):
+    run = evaluate("novel_views", **SETTINGS["novel_views"], wrong_pose=True)
+    plain = evaluate("novel_views", "plain", **SETTINGS["novel_views"])
+    rows, without = (of.summary["tables"]["New views against the true ones"] for of in (run, plain))
+    wrong = [row for row in rows if "another target's pose" in row["views"]]
+    right = [row for row in rows if row["views"] == "M2M-DINO"]
+    assert [row["preceding views"] for row in wrong] == [1, 2]
+    assert [row["PSNR, dB"] for row in wrong] != [row["PSNR, dB"] for row in right]
+    assert [row for row in rows if row not in wrong] == without
+    with pytest.raises(ValidationError, match="targets to 2"):
+        evaluate("novel_views", "one", **{**SETTINGS["novel_views"], "targets": 1}, wrong_pose=True)
+
+
+def test_remedies_roll_the_same_sets_from_the_same_noise(evaluate):
+    remedies = {"a wide window": {"context_window": 9}, "window of 1": {"context_window": 1}}
+    remedies["noise"] = {"context_noise": 100}
+    run = evaluate("rollouts", **SETTINGS["rollouts"], remedies=remedies)
+    found = json.loads((run.out / "metrics.json").read_text())
+    ways = {(model, name) for model in ("M2M-Self", "M2M-DINO") for name in remedies} - {("M2M-DINO", "noise")}
+    assert set(found) == {"M2M-Self", "M2M-DINO", *(f"{model}, {name}" for model, name in ways)}
+    for model in ("M2M-Self", "M2M-DINO"):
+        assert found[model] == found[f"{model}, a wide window"]  # as wide as all that precedes
+        assert found[model] != found[f"{model}, window of 1"]
+    plain = evaluate("rollouts", "plain", **SETTINGS["rollouts"])
+    alone = json.loads((plain.out / "metrics.json").read_text())
+    assert alone == {name: found[name] for name in ("M2M-Self", "M2M-DINO")}
+
+
 def test_sampling_speed_times_both_models_and_the_text_to_image_model(evaluate, monkeypatch):
     run = evaluate(
         "sampling_speed", text_to_image="text-to-image", preceding=[1, 2], num_images=[1], joint=[2], repeats=1

@@ -25,10 +25,16 @@ from m2m.data.shards import read_record
 from m2m.data.verified import shard_faults
 from m2m.errors import CheckFailed, ConfigError, InputError
 from m2m.generation import image_sets
+from m2m.generation.drawn import drawn_pictures
 from m2m.generation.image_sets import GenerateSets, SetMaker
+from m2m.models.autoencoder import encode_images
 from m2m.progress import Progress
 from m2m.stage_run import run_stage
 from m2m.stages import STAGES
+from m2m.tiny import WEIGHTS
+from m2m.tiny.classifier import Classifier
+from m2m.tiny.world import ATTRIBUTES
+from tests.generation.conftest import CAPTIONS
 
 QUIET = Progress(quiet=True)
 STAGE = STAGES["generate-sets"]
@@ -68,6 +74,25 @@ def test_a_set_is_what_the_pipeline_makes_of_its_noises(make_profile, tmp_path):
     assert (sets.pictures(2, [0, 1, 2]).int() - shown.int()).abs().max() <= 1
     with Image.open(outcome.folder / "contact_sheet.png") as sheet:
         assert sheet.width > 3 * 64 and sheet.height > 4 * 64
+
+
+def test_the_world_draws_what_captions_name_each_picture_by_itself(make_profile, tmp_path):
+    reader = Classifier.from_pretrained(WEIGHTS / "classifier")
+    few, many = (drawn_pictures(1, 7, "two red stars on a black background", count) for count in (2, 20))
+    assert torch.equal(few, many[:2]) and not torch.equal(few[0], few[1])
+    read = reader.predict(many)
+    named = {"shape": "star", "colour": "red", "count": "two", "background": "black"}
+    for place, (name, values) in enumerate(ATTRIBUTES.items()):
+        shown = {values[one] for one in read[:, place]}
+        assert shown == {named[name]} if name in named else len(shown) > 1
+    outcome = run(make_profile(captions=CAPTIONS[:3], drawn=True, shards=1))
+    maker = SetMaker(config_of(make_profile(drawn=True)), tmp_path)
+    sets = ImageSets(outcome.folder)
+    pictures = drawn_pictures(maker._namespace, 1, "two blue circles", 3, 16)
+    with torch.no_grad():
+        assert torch.equal(sets.latents(1), encode_images(maker.pipeline.vae, pictures).half().float())
+    with pytest.raises(InputError, match="names nothing that the world draws"):
+        drawn_pictures(1, 0, "a photo of a cat", 1)
 
 
 def test_noise_of_an_image_is_its_own(make_profile, tmp_path):
@@ -231,7 +256,9 @@ def test_channels_last_makes_the_same_pictures_to_the_last_bits(make_profile, tm
     assert np.allclose(plain, last, atol=2e-2)
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
+)
 def test_a_compiled_unet_makes_the_same_pictures_to_the_last_bits(make_profile, tmp_path, monkeypatch, backend):
     """Traced and run as traced; compiled to C++ too where there are minutes for it."""
     compiling, asked = torch.nn.Module.compile, []

@@ -186,6 +186,16 @@ def test_weights_stored_in_bytes_are_computed_with_in_full(make_unet, make_sets,
         assert 0 < (found - wanted).norm() < 0.2 * wanted.norm()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("variant", "calls"), [("self", 2 + 1 + 1), ("dino", 2 + 0 + 1)])
+def test_every_pass_is_a_call_of_the_module(make_unet, make_sets, variant, calls):
+    """Which is what hooks and `unet.compile()` take hold of. M2M-DINO's contexts are two projections a layer."""
+    unet, seen = make_unet(variant), []
+    unet.register_forward_pre_hook(lambda *_: seen.append(1))
+    passes(unet, make_sets(variant))
+    assert len(seen) == calls
+
+
 def test_all_repeated_blocks_are_compiled(make_unet):
     unet = make_unet("self")
     unet.compile_repeated_blocks(backend="eager")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
-from slurm_ground import jobs, slurm, wait_for
+from slurm_ground import jobs, kill_daemon, slurm, start_daemon, wait_for
 from slurm_runs import instance, job_of, materialize_on_slurm, retries, said, started, toy, why
 from toy_slurm_definitions import LAUNCHER, toy_launcher
 
@@ -20,6 +20,7 @@ from orchestration.sensors import fail_lost_runs
 
 pytestmark = [pytest.mark.services, pytest.mark.usefixtures("own_slurm")]
 ASSET = "filtered_captions"
+PATIENT = toy_launcher(patience_seconds=90)
 
 
 @pytest.fixture
@@ -153,16 +154,33 @@ def test_a_node_that_does_not_share_the_file_system_is_told(materialize):
     assert "can't write to" in why(result) and "must share this file system" in why(result)
 
 
-def test_without_slurm_the_launcher_says_so(materialize, monkeypatch):
-    with monkeypatch.context() as without:
-        without.setenv("PATH", "/nowhere")
-        assert "this machine has no sbatch" in why(materialize())
-
-
 def test_without_its_configuration_the_launcher_says_so(materialize, monkeypatch):
     with monkeypatch.context() as without:
         without.delenv("SLURM_CONF")
         assert "set SLURM_CONF" in why(materialize())
+
+
+def test_a_scheduler_that_is_away_is_asked_again(materialize, own_slurm):
+    kill_daemon(own_slurm, "slurmctld")
+    result = materialize(meanwhile=lambda: (time.sleep(5), start_daemon("slurmctld")), launcher=PATIENT)
+    assert result.success and retries(result) == 0
+
+
+def test_a_scheduler_that_stays_away_ends_the_step(materialize, own_slurm):
+    kill_daemon(own_slurm, "slurmctld")
+    try:
+        result = materialize(launcher=toy_launcher(patience_seconds=1))
+    finally:
+        start_daemon("slurmctld")
+    assert "Slurm takes no job" in why(result) and "Unable to contact slurm controller" in why(result)
+
+
+def test_a_full_queue_is_waited_for(materialize, own_slurm, capfd):
+    full = own_slurm.with_name("full")
+    full.touch()
+    result = materialize(meanwhile=lambda: (time.sleep(8), full.unlink()), launcher=PATIENT)
+    assert result.success and retries(result) == 0
+    assert "job submit limit" in capfd.readouterr().err  # the log of the run
 
 
 def executed(ground, act: str):

@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from m2m.tiny import WEIGHTS
+from m2m.errors import ArtifactError
+from m2m.tiny import WEIGHTS, many_to_many
+from m2m.tiny.export import export
 from m2m.tiny.many_to_many import IMAGES_PER_SET, draw_set
+from m2m.training import checkpoints
+from m2m.training.checkpoints import Checkpoint
 from m2m.training.starting import continued_unet
 
 
@@ -23,3 +27,20 @@ def test_the_shipped_weights_are_a_start_for_pretraining(variant, width):
     unet = continued_unet(folder, variant, width, {})
     assert all(torch.isfinite(weight).all() and weight.dtype == torch.float32 for weight in unet.state_dict().values())
     assert json.loads((folder / "made_by.json").read_text())["command"].startswith(f"python -m m2m.tiny m2m {variant}")
+
+
+def test_an_unfinished_training_ships_its_averages_of_its_newest_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(many_to_many, "OUTPUTS", tmp_path)
+    with pytest.raises(ArtifactError, match="no whole checkpoint"):
+        export("m2m-self-2", tmp_path / "shipped")
+    average = continued_unet(WEIGHTS / "m2m-self", "self", None, {}).state_dict()
+    nothing = {name: torch.zeros_like(weight) for name, weight in average.items()}
+    for step, tensors in ((100, nothing), (200, average)):
+        parts = {"unet": nothing, "average": tensors}
+        checkpoints.save(tmp_path / "m2m-self-2" / "checkpoints", Checkpoint(step, parts, "the log\n", "self-30-2"), 2)
+    folder = export("m2m-self-2", tmp_path / "shipped")
+    shipped = continued_unet(folder, "self", None, {}).state_dict()
+    assert all(torch.equal(shipped[name], average[name]) for name in average)
+    assert (folder / "training_log.jsonl").read_text() == "the log\n"
+    told = json.loads((folder / "made_by.json").read_text())["command"]
+    assert told == "python -m m2m.tiny m2m self --steps 200 --sets 30 --seed 2"

@@ -88,6 +88,17 @@ def test_training_can_start_from_a_trained_folder_of_its_variant(settings, start
         pretrain(settings(init_from=str(first.out), clean_timestep=5), run)
 
 
+def test_no_steps_leave_the_starting_weights_as_they_are(settings, start_run, image_sets):
+    trained, taken = start_run("pretrain@self", {"sets": image_sets}, "trained"), None
+    pretrain(settings(), trained)
+    taken = start_run("pretrain@self", {"sets": image_sets}, "taken")
+    pretrain(settings(init_from=str(trained.out), steps=0), taken)
+    before, after = (load_pipeline(run.out, "self").unet.state_dict() for run in (trained, taken))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert taken.counts["steps"] == 0 and taken.summary["checks"] == {"loss_finite": "", "weights_finite": ""}
+    assert taken.summary["figures"]["validation_loss_before"] == taken.summary["figures"]["validation_loss_after"]
+
+
 def test_a_shipped_u_net_of_half_precision_is_trained_in_full(tmp_path):
     toy_unet().half().save_pretrained(tmp_path / "unet")
     (tmp_path / "made_by.json").write_text(json.dumps({"command": "make m2m"}))

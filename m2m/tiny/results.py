@@ -1,0 +1,171 @@
+"""The page of results: its tables, charts and pictures are rebuilt from the outputs of evaluations, its words stay.
+
+Belongs here: filling the marked places of a Markdown page. Not here: measuring (`m2m.evaluation`), the words
+(`docs/results/README.md`), what is read off several seeds (`m2m.tiny.reached`).
+
+A place is a pair of comments; what stands between them is replaced:
+
+    <!-- table evaluate@preceding_images: By number of preceding images | model, guidance, kept where shared -->
+    <!-- end -->
+
+There are `table` (with the columns that are shown, else all), `curve` and `picture` of a stage, by what the stage
+calls them; `losses` of the shipped weights, `time` that the stages took, and `reached` over all seeds.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from m2m import artifacts
+from m2m.artifacts import Summary
+from m2m.errors import InputError
+from m2m.evaluation.charts import picture as drawn_chart
+from m2m.evaluation.page import cell
+from m2m.tiny.reached import reached
+from m2m.training.log import LOG
+
+_PLACE = re.compile(r"<!-- (?P<kind>\w+) ?(?P<what>[^\n]*?) -->\n(?P<old>(?:(?!<!-- ).)*)<!-- end -->", re.DOTALL)
+_MARK = re.compile(r"<!-- \w+")
+_NOT_YET = "*Not measured yet.*"
+_WIDEST = 1000  # pixels of a picture
+_SMOOTHED = ("M2M-Self", "M2M-DINO")
+
+
+def rebuild(page: Path, outputs: Sequence[Path], weights: Path) -> list[str]:
+    """Fill all places of a page; files go beside it, older ones of the same name are replaced.
+
+    Args:
+        outputs: of one profile, a folder for each seed; tables, curves and pictures are the first one's.
+        weights: the folder of tiny weights whose training logs are shown.
+
+    Returns:
+        The places for which there is nothing in the outputs.
+
+    Raises:
+        InputError: a place of a kind that there is not, or one without its end.
+    """
+    text, missing = page.read_text("utf-8"), []
+    kinds: dict[str, Callable[[str], str]] = {
+        "table": lambda what: _table(outputs[0], what),
+        "curve": lambda what: _curve(outputs[0], what, page.parent),
+        "picture": lambda what: _picture(outputs[0], what, page.parent),
+        "losses": lambda _: _losses(weights, page.parent),
+        "time": lambda _: markdown(_times(outputs[0])),
+        "reached": lambda _: markdown(reached(outputs, weights)),
+    }
+
+    def filled(place: re.Match[str]) -> str:
+        kind, what = place["kind"], place["what"]
+        if kind not in kinds:
+            raise InputError(f"{page}: a place of kind {kind!r}; there are: {', '.join(kinds)}")
+        content = kinds[kind](what)
+        if not content:
+            missing.append(f"{kind} {what}".strip())
+        return f"<!-- {kind} {what} -->".replace("  ", " ") + f"\n{content or _NOT_YET}\n<!-- end -->"
+
+    found = _PLACE.sub(filled, text)
+    if len(_MARK.findall(text)) != 2 * len(_PLACE.findall(text)):
+        raise InputError(f"{page}: a place has no kind or no end")
+    page.write_text(found, "utf-8")
+    return missing
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
+    """A table in Markdown; empty without rows. A column "x ±" is shown behind its column "x"."""
+    if not rows:
+        return ""
+    shown = [name for name in columns or rows[0] if not name.endswith(" ±")]
+    lines = [shown, ["---"] * len(shown)]
+    for row in rows:
+        errors = {name: row.get(f"{name} ±") for name in shown}
+        lines.append([_cell(row.get(name), errors[name]) for name in shown])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any, error: float | None) -> str:
+    said = f"{value:.3f}" if isinstance(value, float) and abs(value) < 10 else cell(value)
+    return said if error is None or value is None else f"{said} ± {error:.3f}"
+
+
+def _summary(outputs: Path, stage: str) -> Summary | None:
+    folder = outputs / stage.replace("@", "/")
+    return artifacts.read_summary(folder) if artifacts.read_manifest(folder) else None
+
+
+def _split(what: str) -> tuple[str, str]:
+    stage, _, name = what.partition(": ")
+    return stage, name
+
+
+def _table(outputs: Path, what: str) -> str:
+    what, _, columns = what.partition(" | ")
+    stage, name = _split(what)
+    found = _summary(outputs, stage)
+    rows = found.tables.get(name, []) if found else []
+    return markdown(rows, [column.strip() for column in columns.split(",")] if columns else ())
+
+
+def _curve(outputs: Path, what: str, folder: Path) -> str:
+    stage, name = _split(what)
+    found = _summary(outputs, stage)
+    if found is None or name not in found.curves:
+        return ""
+    return _chart(folder, f"{stage}-{name}", name, found.curves[name])
+
+
+def _chart(folder: Path, file: str, name: str, columns: Mapping[str, Sequence[float]]) -> str:
+    path = folder / f"{_slug(file)}.svg"
+    path.write_text(drawn_chart(name, columns) + "\n", "utf-8")
+    return f"**{name}**\n\n![{name}]({path.name})"
+
+
+def _picture(outputs: Path, what: str, folder: Path) -> str:
+    """The picture whose file has this name, less its ending: a stage calls it by what it shows."""
+    stage, name = _split(what)
+    found = _summary(outputs, stage)
+    for title, path in found.pictures.items() if found else ():
+        if Path(path).stem == name:
+            source = outputs / stage.replace("@", "/") / path
+            copy = folder / f"{_slug(f'{stage}-{name}')}{source.suffix}"
+            with Image.open(source) as shown:
+                if shown.width > _WIDEST:
+                    size = _WIDEST, round(shown.height * _WIDEST / shown.width)
+                    shown.resize(size, Image.Resampling.LANCZOS).save(copy, optimize=True)
+                else:
+                    shutil.copyfile(source, copy)
+            return f"{title}:\n\n![{title}]({copy.name})"
+    return ""
+
+
+def _losses(weights: Path, folder: Path) -> str:
+    columns: dict[str, list[float]] = {}
+    for name in _SMOOTHED:
+        log = weights / name.lower() / LOG
+        if log.is_file():
+            lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+            columns[name] = [line["smoothed"] for line in lines]
+    if not columns:
+        return ""
+    steps = min(len(values) for values in columns.values())
+    shown = {name: values[:steps] for name, values in columns.items()}
+    return _chart(folder, "losses", "training loss, smoothed", {"step": [float(n + 1) for n in range(steps)], **shown})
+
+
+def _times(outputs: Path) -> list[dict[str, Any]]:
+    """The newest run of each stage that stands."""
+    rows = []
+    for folder in sorted((outputs / "runs").glob("*")):
+        for path in sorted(folder.glob("2*.json"), reverse=True):
+            record = json.loads(path.read_bytes())
+            rows.append({"stage": folder.name, "seconds": round(record["seconds"]), "started": record["started"]})
+            break
+    return sorted(rows, key=lambda row: row["started"])
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower().removeprefix("evaluate@")).strip("-")
