@@ -35,6 +35,8 @@ class Tested:
         level: below it the metric counts as worse.
         smallest: the true worsening that is seen with probability `POWER`, in standard errors of the accepted
             evaluation; infinite where no worsening could be.
+        more_noises: how many times as many `noise_seeds` on both sides show a true worsening by `WORSENING` errors;
+            infinite where no number would.
     """
 
     metric: str
@@ -44,6 +46,7 @@ class Tested:
     p: float
     level: float
     smallest: float
+    more_noises: float
 
     @property
     def worse(self) -> bool:
@@ -96,7 +99,13 @@ def regressions(tested: Sequence[Tested]) -> list[str]:
 def blind_to(tested: Sequence[Tested], worsening: float = WORSENING) -> list[str]:
     """Metrics of which a true worsening of this many standard errors might pass, and what would be seen, in words."""
     return [
-        f"{one.metric}: only a worsening of {one.smallest:.1f} standard errors would be seen in {POWER:.0%} of cases"
+        f"{one.metric}: only a worsening of {one.smallest:.1f} standard errors would be seen in {POWER:.0%} of cases; "
+        + (
+            f"{one.more_noises:.3g} times the noise_seeds show"
+            if math.isfinite(one.more_noises)
+            else "only more sets, the same on both sides, may show"
+        )
+        + f" one of {WORSENING:g}"
         for one in tested
         if one.smallest > worsening
     ]
@@ -110,7 +119,8 @@ def _test(name: str, first: Metric, second: Metric, level: float) -> Tested:
     """
     sign = -1.0 if second.better == "higher" else 1.0
     one, two = (metric.values[np.argsort(metric.units, kind="stable")] for metric in (first, second))
-    if np.array_equal(np.sort(first.units), np.sort(second.units)):
+    paired = np.array_equal(np.sort(first.units), np.sort(second.units))
+    if paired:
         apart = two - one
         count, variance = len(apart), float(apart.var(ddof=1))
         error, freedom, least = math.sqrt(variance / count), float(count - 1), 0.5**count
@@ -125,8 +135,26 @@ def _test(name: str, first: Metric, second: Metric, level: float) -> Tested:
         found = float(stdtr(freedom, -worsening / error))
     else:
         found = 0.0 if worsening > 0 else 1.0
-    smallest = math.inf
+    smallest = more = math.inf
     if least < level and first.error:
-        seen = -float(stdtrit(freedom, level) + stdtrit(freedom, 1 - POWER)) * error
-        smallest = seen / first.error
-    return Tested(name, first, second, error, max(found, least), level, smallest)
+        errors = -float(stdtrit(freedom, level) + stdtrit(freedom, 1 - POWER))
+        smallest = errors * error / first.error
+        if paired:
+            more = _more_noises(errors, error**2, first.error**2)
+    return Tested(name, first, second, error, max(found, least), level, smallest, more)
+
+
+def _more_noises(errors: float, difference: float, accepted: float) -> float:
+    """How many times as many noises bring `WORSENING` errors of an evaluation to so many errors of the difference.
+
+    Of the variance of one evaluation's mean, half of the difference's is the sampler's noise, which falls with the
+    number of noises; the rest is how much the sets differ, and stays.
+
+    Args:
+        errors: of the difference, by which a worsening has to show.
+        difference, accepted: squared errors of the difference and of the accepted evaluation.
+    """
+    of_sets = accepted - difference / 2
+    if of_sets <= 0:
+        return math.inf
+    return max(1.0, math.ceil(difference * (errors**2 - WORSENING**2 / 2) / (WORSENING**2 * of_sets)))

@@ -19,6 +19,11 @@ from PIL import Image, UnidentifiedImageError
 from m2m.errors import ArtifactError
 from m2m.evaluation.charts import chart
 
+_WITH_ERROR = re.compile(r"(-?[\d.]+(?:e[-+]\d+)?) ± ([\d.]+(?:e[-+]\d+)?)")
+_NOTHING = 1e-12
+_MODELS = {"self": "M2M-Self", "dino": "M2M-DINO"}
+_SHORT = {"fid": "FID", "is": "IS", "clip": "CLIP", "dino": "DINO", "rmse": "RMSE", "text": "Text-Image CLIP"}
+_SHORT |= {"image": "Image-Image CLIP", "lpips": "LPIPS"}
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
@@ -104,6 +109,7 @@ def _environment(width: int) -> jinja2.Environment:
         "duration": _duration,
         "bytes": _bytes,
         "words": lambda name: str(name).replace("_", " "),
+        "figure_name": figure_name,
         "chart": lambda columns, name: chart(name, columns),
     }
     environment.globals["picture"] = lambda section, path: data_uri(inside(section.folder, path), width)
@@ -114,7 +120,9 @@ def _environment(width: int) -> jinja2.Environment:
 def _numeric_columns(rows: Sequence[Mapping[str, Any]]) -> set[str]:
     """Columns that hold numbers alone, or numbers written out such as "9.56 ± 1.21" or "-3e-17"."""
     return {
-        column for column in rows[0] if all(re.fullmatch(r"[-–+]?[-+\d., ±%e]*", cell(row.get(column))) for row in rows)
+        column
+        for column in rows[0]
+        if all(re.fullmatch(r"[-–+]?[-+\d., ±%e<]*", cell(row.get(column))) for row in rows)
     }
 
 
@@ -138,6 +146,8 @@ def cell(value: Any, decimals: int | None = None) -> str:
         return f"{value:,.{decimals}f}"
     if value is None:
         return "–"
+    if isinstance(value, str) and (said := _WITH_ERROR.fullmatch(value)):
+        return _with_error(*said.groups())
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
@@ -145,6 +155,26 @@ def cell(value: Any, decimals: int | None = None) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" if abs(value) < 1 else f"{value:.2f}"
     return str(value)
+
+
+def figure_name(name: str) -> str:
+    """A figure's name in words: `fid_self` is "FID, M2M-Self"."""
+    *words, last = str(name).split("_")
+    model = _MODELS.get(last) if words else None
+    said = " ".join(_SHORT.get(word, word) for word in (words if model else [*words, last]))
+    return f"{said}, {model}" if model else said
+
+
+def _with_error(mean: str, error: str) -> str:
+    """A mean with no more decimals than its error has, and no powers of ten for what is next to nothing."""
+    value, spread = float(mean), float(error)
+    if spread < _NOTHING:
+        return f"{'0' if abs(value) < _NOTHING else mean} ± 0"
+    said = "<0.0001" if spread < 1e-4 else f"{spread:,.0f}" if "e" in error else error
+    places = len(said.partition(".")[2])
+    if "e" in mean or len(mean.partition(".")[2]) > places:
+        mean = f"{round(value, places) + 0.0:,.{places}f}"
+    return f"{mean} ± {said}"
 
 
 def _duration(seconds: float | None) -> str:

@@ -136,16 +136,17 @@ def jackknife(
 
     Args:
         score: of the samples with these numbers.
-        blocks: neighbouring samples that are left out together; at most `count`.
+        blocks: groups of neighbouring samples, each left out once; at most `count`.
 
     Returns:
-        The score, and (blocks,) values; None where leaving a block out leaves too few samples (`score` refuses them).
+        The score, and (blocks,) values; None of fewer than two blocks, and where leaving a block out leaves too few
+        samples (`score` refuses them).
     """
     everything = np.arange(count)
     whole = score(everything)
-    parts = np.array_split(everything, min(blocks, count))
-    if len(parts) < 2:
+    if min(blocks, count) < 2:
         return whole, None
+    parts = np.array_split(everything, min(blocks, count))
     try:
         without = np.array([score(np.setdiff1d(everything, part)) for part in parts])
     except InputError:

@@ -30,7 +30,8 @@ from m2m.stage_run import StageRun
 
 METRICS = "metrics.json"
 _PARTS = ".parts"
-_SEEN_TOGETHER = 128  # pictures
+SEEN_TOGETHER = 128
+"""Pictures that a model or a measure is given at a time."""
 
 
 class Sampling(Settings):
@@ -353,15 +354,21 @@ def at_size(pictures: Tensor, size: int) -> Tensor:
 
 def each_picture(look: Callable[[Tensor], Tensor], pictures: Tensor) -> Tensor:
     """Apply what takes (n, 3, H, W) to (B, n, 3, H, W); (B, n, ...). So many at a time that long rollouts fit, too."""
-    seen = [look(part) for part in pictures.flatten(0, 1).split(_SEEN_TOGETHER)]
+    seen = [look(part) for part in pictures.flatten(0, 1).split(SEEN_TOGETHER)]
     return torch.cat(seen).unflatten(0, pictures.shape[:2])
 
 
 def _to_bytes(pictures: Any) -> Tensor:
-    pictures = torch.as_tensor(pictures)
-    if not torch.isfinite(pictures).all():
-        raise ArtifactError("the model made a picture that is not finite: train it again, or use compute.dtype float32")
-    return (pictures.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    pictures = torch.as_tensor(pictures).detach()
+    made = torch.empty(pictures.shape, dtype=torch.uint8)
+    # part by part: of a long rollout's pictures no further copies in floats are made
+    for part, kept in zip(pictures.flatten(0, -4).split(SEEN_TOGETHER), made.flatten(0, -4).split(SEEN_TOGETHER)):
+        if not torch.isfinite(part).all():
+            raise ArtifactError(
+                "the model made a picture that is not finite: train it again, or use compute.dtype float32"
+            )
+        kept.copy_((part.float().clamp(0, 1) * 255).round())
+    return made
 
 
 def _read_part(path: Path) -> dict[str, Tensor] | None:

@@ -222,9 +222,12 @@ def _compare_with_accepted(config: WriteReport, run: StageRun, metrics: dict[str
         false_alarms=config.gate_false_alarms,
     )
     run.check("no_regression", not (worse := regressions(tested)), "; ".join(worse))
+    blind = blind_to(tested)
+    headlines = [why for why in blind if why.startswith(tuple(config.gate_headlines))]
     return (
-        f"{len(tested)} metrics compared with the accepted report, {len(worse)} worse. In {len(blind_to(tested))} of "
-        f"them a true worsening of {WORSENING:g} standard errors may pass unseen"
+        f"{len(tested)} metrics compared with the accepted report, {len(worse)} worse. In {len(blind)} of them a true "
+        f"worsening of {WORSENING:g} standard errors may pass unseen"
+        + "".join(f". Not seen: {why}" for why in headlines)
     )
 
 

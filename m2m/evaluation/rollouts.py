@@ -121,10 +121,9 @@ def _roll(
         for key, look in {"dino": dino.pictures, "clip": clip.pictures}.items():
             now, before = each_picture(look, made), each_picture(look, preceding)
             told[key] = cosine(now[:, :, None], before[:, None]).mean(2)
-        at_first = appearance(preceding)
-        for key, values in appearance(made).items():
-            told[key] = values
-            told[f"{key}_at_first"] = at_first[key].mean(1)
+        for key in _RELATIVE:
+            told[key] = each_picture(lambda part, key=key: appearance(part)[key], made)
+            told[f"{key}_at_first"] = appearance(preceding)[key].mean(1)
         if reader:
             told["read"] = each_picture(reader.read, made)
         return told

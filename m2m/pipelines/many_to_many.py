@@ -239,7 +239,7 @@ class ManyToManyPipeline(DiffusionPipeline):
             given = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
             return (callback_on_step_end(self, step, timestep, given) or {}).get("latents", latents)
 
-        made: dict[int, tuple[Tensor, Tensor | None]] = {}
+        made: list[Tensor] = []
         groups = _equal_lengths(sets)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         self._num_timesteps = len(self.scheduler.timesteps)
@@ -268,14 +268,12 @@ class ManyToManyPipeline(DiffusionPipeline):
                 )
                 clean = given if preceding is not None else self._encoded(given)
                 latent, decoded = rollout.generate(self, clean)
-                for place, member in enumerate(members):
-                    made[member] = latent[place], None if decoded is None else decoded[place]
+                made.append(latent if decoded is None else decoded)
         self.maybe_free_model_hooks()
-        ordered = [made[number] for number in range(len(sets))]
-        if output_type == "latent":
-            found = torch.stack([latent for latent, _ in ordered])
-        else:
-            found = as_output(torch.stack([picture for _, picture in ordered if picture is not None]), output_type)
+        places = [member for members in groups for member in members]
+        # sets of one length are in order, and need no second copy
+        found = made[0] if len(groups) == 1 else torch.cat(made)[torch.tensor(places).argsort()]
+        found = found if output_type == "latent" else as_output(found, output_type)
         return ManyToManyPipelineOutput(images=found) if return_dict else (found,)  # type: ignore[return-value]
 
     def encode(self, images: Tensor) -> Tensor:

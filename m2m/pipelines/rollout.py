@@ -61,19 +61,24 @@ class Rollout:
             noise=self.context_noise,
         )
         memory.add(clean, self.condition)
-        latents, pictures = [], []
-        count = self.noise.shape[1]
+        sets, count = self.noise.shape[:2]
+        latents: list[Tensor] = []
+        pictures: Tensor | None = None
         for number in range(count):
             target = None if self.target is None else self.target[:, number]
             latents.append(self._denoise(unet, pipeline.scheduler, number, target, memory))
             is_read = number < count - 1
-            if self.decode or (is_read and unet.variant == "dino"):
-                pictures.append(decode_latents(pipeline.vae, latents[-1]))
+            seen = self.decode or (is_read and unet.variant == "dino")
+            picture = decode_latents(pipeline.vae, latents[-1]) if seen else None
+            if self.decode and picture is not None:
+                # laid out once for all of them: of a rollout with a window nothing else grows
+                pictures = picture.new_empty(sets, count, *picture.shape[1:]) if pictures is None else pictures
+                pictures[:, number] = picture
             if is_read:
                 # a latent is read as it was made: encoding its picture again would only lose detail
-                read = latents[-1].to(unet.dtype) if unet.variant == "self" else pipeline.encode(pictures[-1])
+                read = latents[-1].to(unet.dtype) if unet.variant == "self" else pipeline.encode(picture)
                 memory.add(read[:, None], None if target is None else target[:, None])
-        return torch.stack(latents, 1), torch.stack(pictures, 1) if self.decode else None
+        return torch.stack(latents, 1), pictures
 
     def _denoise(
         self, unet: Any, scheduler: Any, number: int, target: Tensor | None, memory: PrecedingImages

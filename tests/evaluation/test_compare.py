@@ -123,3 +123,4 @@ def test_the_jackknife_has_the_scores_value_and_the_means_error():
         return 1.0
 
     assert jackknife(needs_all, 120, 10) == (1.0, None)
+    assert jackknife(needs_all, 120, 0) == jackknife(needs_all, 120, 1) == (1.0, None)

@@ -61,6 +61,25 @@ def test_what_the_gate_could_not_see_is_told_and_is_true():
     assert 0.85 <= np.mean(caught) <= 1.0
 
 
+def test_as_many_noises_as_it_asks_for_show_a_worsening_of_two_errors_and_fewer_do_not():
+    def seen(noises: int) -> float:
+        tested = [
+            next(one for one in gate(_evaluation(s, noises=noises), _evaluation(s + 50, noises=noises)))
+            for s in range(20)
+        ]
+        return float(np.median([one.smallest for one in tested]))
+
+    asked = [
+        next(one.more_noises for one in gate(_evaluation(s), _evaluation(s + 50)) if one.metric == HEADLINE)
+        for s in range(20)
+    ]
+    noises = int(np.median(asked))
+    assert seen(noises + 2) < 2 < seen(noises - 3)
+    other = {HEADLINE: _metric(_evaluation(1)[HEADLINE].values, units=np.arange(200, 400))}
+    (unpaired,) = gate({HEADLINE: _evaluation(0)[HEADLINE]}, other)
+    assert unpaired.more_noises == np.inf and "only more sets" in blind_to([unpaired])[0]
+
+
 @pytest.mark.parametrize("pairing", ["the same sets", "the same in another order", "other sets"])
 def test_p_values_are_scipys(pairing):
     drawn = np.random.default_rng(0)

@@ -11,7 +11,7 @@ from m2m.artifacts import Summary
 from m2m.config import Profile, load_profile
 from m2m.errors import ArtifactError, CheckFailed
 from m2m.evaluation.charts import chart
-from m2m.evaluation.page import missing_from
+from m2m.evaluation.page import cell, figure_name, missing_from
 from m2m.evaluation.per_set import PER_SET, PerSet, read_per_set
 from m2m.evaluation.report import PAGE
 from m2m.progress import Progress
@@ -112,6 +112,27 @@ def test_a_report_worse_than_the_accepted_one_is_refused(whole_outputs, tmp_path
     made = run_stage(STAGES["report"], whole_outputs, overrides=[f"accepted={itself}"], progress=Progress(quiet=True))
     said = "1 metrics compared with the accepted report, 0 worse"
     assert said in (made.folder / PAGE).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("-2.78e-17 ± 2.5e-17", "0 ± 0"),
+        ("1 ± 2.9e-05", "1 ± <0.0001"),
+        ("0.00261 ± 0.024", "0.003 ± 0.024"),
+        ("66.3 ± 13", "66 ± 13"),
+        ("9.56 ± 1.21", "9.56 ± 1.21"),
+        ("0.8 ± 0", "0.8 ± 0"),
+        ("-0.0004 ± 0.01", "0.00 ± 0.01"),
+    ],
+)
+def test_means_have_the_digits_that_their_errors_leave_them(written, shown):
+    assert cell(written) == shown
+
+
+def test_figures_are_named_in_words():
+    named = {"fid_self": "FID, M2M-Self", "dino_within_dino": "DINO within, M2M-DINO", "kept_share": "kept share"}
+    assert {name: figure_name(name) for name in named} == named
 
 
 def test_a_page_without_a_section_or_with_a_link_is_not_complete():

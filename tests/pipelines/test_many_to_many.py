@@ -8,6 +8,8 @@ from accelerate.hooks import ModelHook
 from PIL import Image
 
 from m2m.errors import InputError
+from m2m.models.context import Context
+from m2m.pipelines.preceding import PrecedingImages
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* preceding images are given")
 STEPS: dict[str, Any] = {"num_inference_steps": 3}
@@ -108,6 +110,27 @@ def test_the_window_forgets_the_oldest(make_pipeline, pictures, variant, encoder
     torch.testing.assert_close(windowed, latents(pipeline, images[:, 2:], latents=noise(1, 1)), **EXACT)
     with_sink = latents(pipeline, images, latents=noise(1, 1), context_window=2, context_sink=1)
     torch.testing.assert_close(with_sink, latents(pipeline, images[:, [0, 3]], latents=noise(1, 1)), **EXACT)
+
+
+@pytest.mark.parametrize("variant", ["self", "dino"])
+@torch.no_grad()
+def test_a_rollout_keeps_its_window_alone_and_without_one_as_much_for_every_image(make_pipeline, pictures, variant):
+    pipeline = make_pipeline(variant)
+    read = pipeline.encode(pictures()[0])[None]
+
+    def kept(window: int | None, sink: int = 0) -> list[int]:
+        memory, found = PrecedingImages(pipeline.unet, window, sink), []
+        for number in range(20):
+            memory.add(read[:, [number % 4]])
+            _, context = memory.contexts(torch.tensor(0))
+            assert isinstance(context, Context)
+            # of all that is held, not only of what is read
+            found.append(sum(tensor.untyped_storage().nbytes() for tensor in context.keys + context.values))
+        return found
+
+    whole = kept(None)
+    assert whole == [whole[0] * (number + 1) for number in range(20)]
+    assert kept(4, 1) == kept(4) == [whole[0] * min(4, number + 1) for number in range(20)]
 
 
 def test_made_images_push_the_given_ones_out(make_pipeline, pictures):
