@@ -1,7 +1,7 @@
 """Stages as Jobs of a Kubernetes cluster, heard through their pods' logs.
 
 Belongs here: following a launch from its Job to its end, taking up one that an earlier run left, ending what nobody
-follows. Not here: manifests (`kubernetes_manifests`), logs (`kubernetes_logs`), what an end means (`outcome`).
+follows. Not here: manifests (`kubernetes_manifests`), logs (`kubernetes_logs`), what states mean (`kubernetes_pods`).
 
 The parts of dagster-k8s' `PipesK8sClient` are used (how it finds its cluster, how it reads a log) and not its `run`:
 that starts a bare pod, which nobody starts again when its node is lost, and which a later run could not take up.
@@ -9,10 +9,11 @@ that starts a bare pod, which nobody starts again when its node is lost, and whi
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import contextlib
+import json
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import dagster as dg
@@ -21,19 +22,11 @@ from pydantic import Field
 
 from assets_defs.launching import Launch, Results
 from assets_defs.profile import PROFILE
-from m2m.arguments import EXIT_CALL_AGAIN
 from m2m.config import Resources
 from m2m.stages import Stage, resources
 from orchestration.launchers.following import digest, is_orphan, may_take_up
-from orchestration.launchers.kubernetes_manifests import (
-    CONTAINER,
-    LAUNCH_LABEL,
-    RUN_LABEL,
-    SIGTERM_CODE,
-    PodSettings,
-    job,
-    service,
-)
+from orchestration.launchers.kubernetes_manifests import LAUNCH_LABEL, RUN_LABEL, PodSettings, job, service
+from orchestration.launchers.kubernetes_pods import counted, culprit, end_of, has_started, taken_away, trouble
 from orchestration.launchers.outcome import last_of_each, results, stage_arguments
 from orchestration.launchers.process_mark import RUN_TAG, this_process
 from orchestration.launchers.surroundings import passed_on
@@ -42,8 +35,6 @@ JOB_TAG = "m2m/kubernetes_job"
 _FIRST_POLL = 0.2  # seconds; grows to `poll_seconds`
 _MOST_PODS = 1000  # of a Job: its manifest names each part
 _LINES_KEPT = 40
-_PULLING = {"ErrImagePull", "ImagePullBackOff"}
-_HOPELESS = {"InvalidImageName", "CreateContainerConfigError", "CreateContainerError", "ErrImageNeverPull"}
 
 
 class KubernetesLauncher(dg.ConfigurableResource):
@@ -68,11 +59,21 @@ class KubernetesLauncher(dg.ConfigurableResource):
     service_account: str | None = None
     priority_class: str | None = None
     working_dir: str | None = Field(default=None, description="of the command; the image's own by default")
+    labels: dict[str, str] = Field(default={}, description="more of them, on Jobs and pods: a queue's name, a team")
+    pod: dict[str, Any] = Field(default={}, description="more of a pod's spec: securityContext, affinity")
+    container: dict[str, Any] = Field(default={}, description="more of its container: securityContext, env")
+    autoscaling: bool = Field(default=False, description="wait for nodes that the cluster does not have yet")
     shards_per_task: int = Field(default=1, ge=1, description="of a pod; more where there would be over 1,000 pods")
     tasks_at_once: int = Field(default=0, ge=0, description="pods of a range; 0: as many as the cluster lets run")
     grace_seconds: int = Field(default=120, ge=1, description="from SIGTERM to SIGKILL, to save a checkpoint in")
     poll_seconds: float = Field(default=5, gt=0, description="between looks at a job that has been running for long")
-    pull_seconds: float = Field(default=120, description="that an image may fail to be pulled, before the step fails")
+    start_seconds: float = Field(
+        default=120,
+        description="that a pod may fail to be made or to start (image, volume), before the step fails",
+    )
+    wait_seconds: float = Field(
+        default=0, ge=0, description="that pods may wait for a node or a quota, before the step fails; 0: for ever"
+    )
     orphan_seconds: float = Field(default=120, description="that a job outlives its run, for a new one to take it up")
     keep_seconds: int = Field(default=3600, ge=60, description="that the cluster keeps an ended job and its logs")
 
@@ -149,7 +150,7 @@ class KubernetesLauncher(dg.ConfigurableResource):
         try:
             found._load_k8s_config()
             client = DagsterKubernetesClient.production_client()
-            namespace = self.namespace or _namespace_of(self.kubeconfig, self.context) or "default"
+            namespace = self.namespace or _namespace_of(self.kubeconfig, self.context)
         except kubernetes.config.ConfigException as error:
             said = f"no Kubernetes cluster is known here: {error}"
             raise _failure(f"{said}. Set the launcher's kubeconfig and context (M2M_LAUNCHER)") from None
@@ -184,10 +185,13 @@ class _Cluster:
     ) -> str:
         """Create the Job, and its Service where its pods have to find each other; returns its name."""
         launcher = self._launcher
+        if launcher.gpu_types and asked.gpu_type and asked.gpu_type not in launcher.gpu_types:
+            there = ", ".join(launcher.gpu_types)
+            raise _failure(f"{stage.key} asks for gpu_type {asked.gpu_type}; the launcher's gpu_types have {there}")
         words = re.sub(r"[^a-z0-9]+", "-", f"m2m-{PROFILE.name}-{stage.key}".lower())[:40].strip("-")
         retry = context.op_execution_context.retry_number
         name = f"{words}-{context.run.run_id[:8]}-{retry}"
-        labels = {RUN_LABEL: context.run.run_id, LAUNCH_LABEL: digest(commands)}
+        labels = {**launcher.labels, RUN_LABEL: context.run.run_id, LAUNCH_LABEL: digest(commands)}
         settings = PodSettings(
             namespace=self.namespace,
             **{
@@ -206,9 +210,12 @@ class _Cluster:
             partitioned=stage.partitioned,
             at_once=launcher.tasks_at_once,
         )
+        spec = manifest["spec"]["template"]["spec"]
+        if not launcher.autoscaling and (lacking := self._lacking(stage, asked, spec.get("nodeSelector", {}))):
+            raise _failure(lacking)
         with self.clear_refusals():
             made = self.batch.create_namespaced_job(self.namespace, manifest)
-            if manifest["spec"]["template"]["spec"].get("subdomain"):
+            if spec.get("subdomain"):
                 self.core.create_namespaced_service(self.namespace, service(name, labels, settings, made.metadata.uid))
         context.log.info(f"job {self.namespace}/{name} created: {manifest['spec']['completions']} pod(s)")
         return name
@@ -221,8 +228,9 @@ class _Cluster:
         Returns:
             exit code; why, where the cluster knows that better; the end of what the command said.
         """
-        wait, seen, failing_since = _FIRST_POLL, "", 0.0
+        wait, seen, troubled, told = _FIRST_POLL, "", ("", 0.0), set()
         while True:
+            held = None
             try:
                 now = self.batch.read_namespaced_job(name, self.namespace)
                 pods = self.core.list_namespaced_pod(self.namespace, label_selector=f"job-name={name}").items
@@ -233,21 +241,30 @@ class _Cluster:
                     raise
                 now, pods, said = None, [], f"the cluster does not answer ({_short(error)}); the job itself goes on"
             else:
-                said = _counted(pods)
+                held = trouble(stage, pods, self._warnings(now, pods))
+                said = counted(pods) + (f"; {held.why}. {held.way_out}" if held else "")
             if said != seen:
                 context.log.info(f"job {name}: {said}")
                 seen, wait = said, _FIRST_POLL
             for pod in pods:
-                if _has_started(pod):
+                if has_started(pod):
                     followed.begin(pod.metadata.name)
+                if (why := taken_away(pod)) and pod.metadata.name not in told:
+                    context.log.warning(f"pod {pod.metadata.name} was taken away: {why}")
+                    told.add(pod.metadata.name)
             if now is not None and _has_ended(now):
-                return self._outcome(stage, name, asked, now, pods)
-            hopeless, why = _will_not_start(pods)
-            failing_since = (failing_since or time.monotonic()) if why else 0.0
-            if why and (hopeless or time.monotonic() - failing_since > self._launcher.pull_seconds):
-                raise _failure(
-                    f"{stage.key}: {why}. Set the launcher's image, image_pull_secrets or secrets (M2M_LAUNCHER)"
-                )
+                pod = culprit(pods)
+                last_lines = self._last_lines(pod) if pod else []
+                failed = next((c for c in now.status.conditions if c.type == "Failed" and c.status == "True"), None)
+                return *end_of(stage, name, asked, failed, pod, last_lines), last_lines
+            if now is not None:
+                hope = held.hope if held else ""
+                troubled = troubled if hope == troubled[0] else (hope, time.monotonic())
+            if held:
+                patience = {"none": 0.0, "some": self._launcher.start_seconds}
+                allowed = patience.get(held.hope, self._launcher.wait_seconds or math.inf)
+                if time.monotonic() - troubled[1] >= allowed:
+                    raise _failure(f"{stage.key}: {held.why}. {held.way_out} (M2M_LAUNCHER)")
             time.sleep(wait)
             wait = min(wait * 1.3, self._launcher.poll_seconds)
 
@@ -274,25 +291,20 @@ class _Cluster:
         with contextlib.suppress(Exception):  # gone already; if not, the sensor tries again
             self.batch.delete_namespaced_job(name, self.namespace, propagation_policy="Background")
 
-    def _outcome(
-        self, stage: Stage, name: str, asked: Resources, ended: Any, pods: Sequence[Any]
-    ) -> tuple[int, str | None, list[str]]:
-        failed = next((c for c in ended.status.conditions if c.type == "Failed" and c.status == "True"), None)
-        if failed is None:
-            return 0, None, []
-        ends = [(pod, state) for pod in pods if pod.status.phase == "Failed" for state in [_terminated(pod)]]
-        lost = [pod for pod, state in ends if _was_taken_away(pod, state)]
-        own = [(pod, state) for pod, state in ends if pod not in lost]
-        if not own:
-            return EXIT_CALL_AGAIN, f"{stage.key}: job {name} was stopped; it goes on from what is whole", []
-        pod, state = min(own, key=lambda end: end[1].finished_at if end[1] else 0)
-        if state and state.reason == "OOMKilled":
-            more = f"it asked for {asked.memory_gb:g} GB a node: raise {stage.command}.resources.memory_gb"
-            return -9, f"{stage.key} ran out of memory (pod {pod.metadata.name}); {more}", self._last_lines(pod)
-        if state is None:
-            return 1, f"{stage.key}: pod {pod.metadata.name}: {pod.status.reason}: {pod.status.message}", []
-        code = state.exit_code or 1
-        return (128 - code if code > 128 else code), None, self._last_lines(pod)
+    def _warnings(self, found: Any, pods: Sequence[Any]) -> list[Any]:
+        """The latest about a Job that has not all its pods, and about a pod that does not start."""
+        ended = [pod.status.phase for pod in pods].count("Succeeded")
+        active = [pod for pod in pods if pod.status.phase in ("Pending", "Running")]
+        about = [pod.metadata.name for pod in active if not has_started(pod)][:1]
+        if len(active) < min(found.spec.parallelism, found.spec.completions - ended) and not _has_ended(found):
+            about.append(found.metadata.name)
+        warnings = []
+        for name in about:
+            with contextlib.suppress(Exception):  # an account may not be allowed to read them
+                chosen = f"type=Warning,involvedObject.name={name}"
+                events = self.core.list_namespaced_event(self.namespace, field_selector=chosen).items
+                warnings += sorted(events, key=lambda e: e.last_timestamp or e.metadata.creation_timestamp)[-1:]
+        return warnings
 
     def _last_lines(self, pod: Any) -> list[str]:
         with contextlib.suppress(Exception):
@@ -302,6 +314,27 @@ class _Cluster:
             lines = log.data.decode(errors="replace").splitlines()
             return [line for line in lines if "__dagster_pipes_version" not in line]
         return []
+
+    def _lacking(self, stage: Stage, asked: Resources, labels: Mapping[str, str]) -> str | None:
+        """Why no nodes that this cluster has will ever do; None also where the account may not look at nodes."""
+        from kubernetes.utils import parse_quantity
+
+        try:
+            chosen = ",".join(f"{key}={value}" for key, value in labels.items())
+            nodes = self.core.list_node(label_selector=chosen).items
+        except Exception:
+            return None
+        wanted = {"cpu": asked.cpus, "memory": asked.memory_gb * 2**30, self._launcher.gpu_resource: asked.gpus}
+        there = [{what: float(parse_quantity(n.status.allocatable.get(what, 0))) for what in wanted} for n in nodes]
+        if any(all(node[what] >= amount for what, amount in wanted.items()) for node in there):
+            return None
+        shown = [_size(*node.values()) for node in there]
+        has = ", ".join(f"{shown.count(size)} x {size}" for size in dict.fromkeys(shown)) or "none"
+        return (
+            f"{stage.key} asks for nodes of {_size(*wanted.values())}; the cluster has {has}"
+            f"{f' with {chosen}' if chosen else ''}. Set {stage.command}.resources in the profile, or the launcher's "
+            "gpu_types, gpu_resource, node_selector, or its autoscaling where nodes are still to come (M2M_LAUNCHER)"
+        )
 
     @contextlib.contextmanager
     def clear_refusals(self) -> Iterator[None]:
@@ -313,10 +346,12 @@ class _Cluster:
             yield
         except kubernetes.client.ApiException as error:
             said = _short(error)
+            role = f"the account may not do that in namespace {self.namespace}: give it a role for jobs, pods, "
             meant = {
                 401: "the cluster does not know who asks",
-                403: f"the account may not do that in namespace {self.namespace}: give it a role for jobs, pods, "
-                "pods/log and services",
+                403: f"{role}pods/log, events and services"
+                if " cannot " in said
+                else "the cluster's rules are against the job",
                 404: f"there is no namespace {self.namespace}",
             }.get(int(error.status or 0), "the cluster refuses the job")
             raise _failure(f"{meant}: {said}. Set the launcher's settings (M2M_LAUNCHER)") from None
@@ -331,57 +366,32 @@ def _has_ended(found: Any) -> bool:
     return any(c.type in ("Complete", "Failed") and c.status == "True" for c in found.status.conditions or [])
 
 
-def _has_started(pod: Any) -> bool:
-    state = next((s.state for s in pod.status.container_statuses or [] if s.name == CONTAINER), None)
-    return bool(state and (state.running or state.terminated))
-
-
-def _terminated(pod: Any) -> Any:
-    return next((s.state.terminated for s in pod.status.container_statuses or [] if s.name == CONTAINER), None)
-
-
-def _was_taken_away(pod: Any, state: Any) -> bool:
-    """Whether the same command, called again, takes up the work: it was ended from outside, or stopped to go on."""
-    disrupted = any(c.type == "DisruptionTarget" and c.status == "True" for c in pod.status.conditions or [])
-    too_long = pod.status.reason == "DeadlineExceeded"
-    return disrupted or too_long or bool(state and state.exit_code in (EXIT_CALL_AGAIN, SIGTERM_CODE))
-
-
-def _will_not_start(pods: Sequence[Any]) -> tuple[bool, str]:
-    """Whether a pod fails to start, for good or so far, and why."""
-    for pod in pods:
-        for status in pod.status.container_statuses or []:
-            waiting = status.state.waiting if status.state else None
-            if waiting and waiting.reason in _PULLING | _HOPELESS:
-                why = f"pod {pod.metadata.name} can't start: {waiting.reason}: {waiting.message or status.image}"
-                return waiting.reason in _HOPELESS, why
-    return False, ""
-
-
-def _counted(pods: Sequence[Any]) -> str:
-    phases = sorted(pod.status.phase or "Pending" for pod in pods)
-    said = ", ".join(f"{phases.count(phase)} {phase}" for phase in dict.fromkeys(phases)) or "no pods yet"
-    for pod in pods:
-        for condition in pod.status.conditions or []:
-            if condition.type == "PodScheduled" and condition.reason == "Unschedulable":
-                return f"{said}; {pod.metadata.name} waits: {condition.message}"
-    return said
-
-
 def _status(error: Exception) -> int | None:
     return getattr(error, "status", None)
 
 
 def _short(error: Exception) -> str:
-    body = str(getattr(error, "body", "") or "")
-    found = re.search(r'"message":\s*"([^"]*)"', body)
-    return found[1] if found else str(getattr(error, "reason", None) or error)
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return json.loads(getattr(error, "body", ""))["message"]
+    return str(getattr(error, "reason", None) or error)
 
 
-def _namespace_of(kubeconfig: str | None, context: str | None) -> str | None:
+def _size(cpus: float, memory: float, gpus: float) -> str:
+    return f"{cpus:g} CPUs, {gpus:g} GPUs, {memory / 2**30:.0f} GB"
+
+
+def _namespace_of(kubeconfig: str | None, context: str | None) -> str:
+    """The context's; in a pod, its own."""
+    import kubernetes
     from dagster_k8s.utils import detect_current_namespace
 
-    return detect_current_namespace(kubeconfig)
+    if context is None and (own := detect_current_namespace(kubeconfig)):
+        return own
+    with contextlib.suppress(kubernetes.config.ConfigException):  # in a pod there is none
+        contexts, active = kubernetes.config.list_kube_config_contexts(kubeconfig)
+        chosen = next((one for one in contexts if one["name"] == context), active)
+        return chosen["context"].get("namespace") or "default"
+    return "default"
 
 
 def _failure(why: str) -> dg.Failure:

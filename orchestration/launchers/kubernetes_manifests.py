@@ -40,6 +40,8 @@ class PodSettings:
     service_account: str | None = None
     working_dir: str | None = None
     priority_class: str | None = None
+    pod: Mapping[str, Any] = field(default_factory=dict)
+    container: Mapping[str, Any] = field(default_factory=dict)
     grace_seconds: int = 120
     keep_seconds: int = 3600
 
@@ -155,14 +157,28 @@ def _pod(
         "priorityClassName": settings.priority_class,
         "subdomain": name if together else None,
     }
-    return {
+    made = {
         "restartPolicy": "Never",
         "activeDeadlineSeconds": math.ceil(asked.hours * 3600),
         "terminationGracePeriodSeconds": settings.grace_seconds,  # to save a checkpoint in
-        "containers": [container],
+        "containers": [_joined(container, settings.container)],
         "volumes": volumes,
         **{key: value for key, value in optional.items() if value},
     }
+    return _joined(made, settings.pod)
+
+
+def _joined(ours: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """What a cluster wants beside what the launcher sets: mappings key by key, lists one after the other."""
+    joined = dict(ours)
+    for key, value in more.items():
+        if isinstance(value, Mapping) and isinstance(joined.get(key), Mapping):
+            joined[key] = _joined(joined[key], value)
+        elif isinstance(value, list) and isinstance(joined.get(key), list):
+            joined[key] = [*joined[key], *value]
+        else:
+            joined[key] = value
+    return joined
 
 
 def _shared_command(name: str, command: Sequence[str], asked: Resources) -> list[str]:

@@ -2,6 +2,7 @@
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false, reportCallIssue=false
 
 import dataclasses
+import json
 import sys
 import threading
 import time
@@ -15,16 +16,15 @@ pytest.importorskip("kubernetes", reason="the kubernetes client is not installed
 pytest.importorskip("dagster_k8s", reason="dagster-k8s is not installed: pip install 'm2m[kubernetes]'")
 pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
 
-import kubernetes_validate
-from kubernetes_server import IMAGE, NAMESPACE, SCHEMAS, Cluster, kubernetes
+from kubernetes_cluster import IMAGE, NAMESPACE, Cluster, Refusal
+from kubernetes_server import kubernetes
 from test_jobs_end_to_end import wait_for
 from test_outcome import checks, failure
 
-from m2m.config import Resources, load_profile
+from m2m.config import load_profile
 from orchestration.definitions import build_defs
 from orchestration.launchers import kubernetes as launching
 from orchestration.launchers.kubernetes import KubernetesLauncher
-from orchestration.launchers.kubernetes_manifests import PodSettings, job, service
 
 pytestmark = pytest.mark.services  # of these packages, which make test-services installs
 TOY = [sys.executable, str(Path(__file__).with_name("toy_stages.py"))]
@@ -60,7 +60,7 @@ def place(ground, tmp_path, monkeypatch):
     monkeypatch.setattr(launching, "PROFILE", load_profile(ground.environment["M2M_PROFILE"]))
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with kubernetes(tmp_path, ground.environment) as (cluster, config), dg.instance_for_test() as instance:
-        waits = {"poll_seconds": 0.3, "pull_seconds": 1, "grace_seconds": 2}
+        waits = {"poll_seconds": 0.3, "start_seconds": 1, "grace_seconds": 2}
         yield Place(cluster, {"image": IMAGE, "kubeconfig": str(config), "command": TOY, **waits}, instance)
 
 
@@ -95,16 +95,56 @@ def test_a_stage_that_was_stopped_after_a_checkpoint_goes_on_in_another_pod(plac
     assert len(place.cluster.kubelets) == 2 and len(place.cluster.created) == 1
 
 
-def test_a_pod_that_is_evicted_is_started_again(place, ground):
-    def evict():
-        wait_for(lambda: (ground.outputs / "asleep").exists())
-        place.cluster.evict(next(iter(place.cluster.kubelets)))
+def struck(place, ground, strike, act="sleep once", **settings):
+    """A run whose first pod is struck while its stage works; what Dagster logged of it."""
 
-    evicting = threading.Thread(target=evict)
-    evicting.start()
-    result = place.run("filtered_captions", "sleep once")
-    evicting.join()
+    def beside():
+        wait_for(lambda: (ground.outputs / "asleep").exists())
+        strike(next(iter(place.cluster.kubelets)))
+
+    thread = threading.Thread(target=beside)
+    thread.start()
+    result = place.run("filtered_captions", act, **settings)
+    thread.join()
+    return result, [entry.user_message for entry in place.instance.all_logs(result.run_id)]
+
+
+@pytest.mark.parametrize(
+    ("reason", "message"),
+    [
+        ("EvictionByEvictionAPI", "Eviction API: evicting"),
+        ("PreemptionByScheduler", "default-scheduler: preempting to accommodate a higher priority pod"),
+        ("TerminationByKubelet", "The node was low on resource: memory"),
+    ],
+)
+def test_a_pod_that_is_taken_away_is_started_again_and_the_log_says_why(place, ground, reason, message):
+    result, log = struck(place, ground, lambda pod: place.cluster.evict(pod, reason, message))
+    assert result.success and len(place.cluster.kubelets) == 2 and len(place.cluster.created) == 1
+    assert any(f"was taken away: {reason}: {message}" in line for line in log)
+
+
+def test_of_a_lost_node_the_log_says_what_the_cluster_waits_for(place, ground):
+    """Kubernetes starts no other pod as long as it can't know that the lost one has ended."""
+
+    def lose(pod):
+        place.cluster.lose_node(pod)
+        time.sleep(1)
+        place.cluster.remove_node(pod)
+
+    result, log = struck(place, ground, lose)
     assert result.success and len(place.cluster.kubelets) == 2
+    assert any(
+        "node node-7 does not end" in line and "once node node-7 is back, deleted, or tainted" in line for line in log
+    )
+    assert any("was taken away: DeletionByPodGC" in line for line in log)
+
+
+def test_a_pod_that_ran_out_of_memory_says_what_to_raise_and_is_not_tried_again(place, ground):
+    result, _ = struck(place, ground, place.cluster.kill_for_memory, "sleep")
+    message = failure(result).error.message
+    assert "ran out of memory (pod m2m-toy-filter-captions-" in message
+    assert "it asked for 4 GB a node: raise filter-captions.resources.memory_gb" in message
+    assert len(place.cluster.kubelets) == 1
 
 
 def test_a_cluster_that_is_silent_for_a_while_is_waited_for(place, ground):
@@ -193,6 +233,8 @@ def test_an_orphan_is_ended(place, ground, monkeypatch):
     ("setting", "said"),
     [
         ({"image": "registry.example.org/nothing:1"}, "ErrImagePull: registry.example.org/nothing:1: not found"),
+        ({"secrets": ["hub-token"]}, 'CreateContainerConfigError: secret "hub-token" not found'),
+        ({"command": ["/nowhere/python"]}, 'exec: "/nowhere/python": executable file not found in $PATH'),
         ({"namespace": "nowhere"}, "there is no namespace nowhere"),
         ({"kubeconfig": "/nowhere/config"}, "no Kubernetes cluster is known here"),
         ({"context": "other"}, "no Kubernetes cluster is known here"),
@@ -205,63 +247,118 @@ def test_what_is_set_wrongly_is_said_at_launch(place, setting, said):
     assert not place.cluster.pods or not any(k.process.poll() is None for k in place.cluster.kubelets.values())
 
 
+QUOTA = 'pods "m2m-0" is forbidden: exceeded quota: gpus, requested: requests.nvidia.com/gpu={}, used: {}, limited: {}'
+GPUS = "requests.nvidia.com/gpu={}".format
+
+
+@pytest.mark.parametrize(
+    ("why", "way_out"),
+    [
+        (QUOTA.format(8, GPUS(0), GPUS(4)), "Set filter-captions.resources, or have the namespace's quota raised"),
+        ('pods "m2m-0" is forbidden: violates PodSecurity "restricted:latest"', "the launcher's service_account"),
+        ('error looking up service account m2m/trainer: serviceaccount "trainer" not found', "service_account"),
+        ("maximum memory usage per Container is 1Gi, but limit is 4Gi", "Set filter-captions.resources"),
+    ],
+)
+def test_where_the_clusters_rules_allow_no_pod_they_are_said(place, why, way_out):
+    place.cluster.no_pods = why
+    message = failure(place.run("filtered_captions")).error.message
+    assert f"the cluster makes no pod: Error creating: {why}" in message and way_out in message
+    assert not place.cluster.jobs
+
+
+def test_a_quota_that_others_use_up_is_waited_for(place):
+    place.cluster.no_pods = QUOTA.format(2, GPUS(3), GPUS(4))
+
+    def free():
+        wait_for(lambda: place.cluster.events)
+        time.sleep(1.5)  # longer than what is wrong may last
+        place.cluster.no_pods = None
+
+    freeing = threading.Thread(target=free)
+    freeing.start()
+    result = place.run("filtered_captions")
+    freeing.join()
+    assert result.success
+    log = [entry.user_message for entry in place.instance.all_logs(result.run_id)]
+    assert any("no pods yet; the cluster makes no pod" in line and "exceeded quota" in line for line in log)
+
+
+def test_where_no_node_takes_a_pod_the_log_says_what_to_set_and_patience_is_a_setting(place):
+    place.cluster.unscheduled = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
+    result = place.run("filtered_captions", wait_seconds=1.0)
+    message = failure(result).error.message
+    assert "waits for a node: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu." in message
+    assert "Set filter-captions.resources" in message.replace("set filter", "Set filter") and "gpu_types" in message
+    assert not place.cluster.jobs
+
+
+def test_a_claim_of_a_volume_that_is_not_there_is_said(place):
+    place.cluster.unscheduled = 'persistentvolumeclaim "m2m" not found'
+    message = failure(place.run("filtered_captions")).error.message
+    assert 'persistentvolumeclaim "m2m" not found. Set the launcher\'s volumes' in message
+
+
+def nodes(*gpus: int) -> list[dict[str, Any]]:
+    labels = {"nvidia.com/gpu.product": "A100"}
+    sizes = [{"cpu": "63770m", "memory": "528Gi", "nvidia.com/gpu": str(count)} for count in gpus]
+    return [
+        {"metadata": {"name": f"n{i}", "labels": labels}, "status": {"allocatable": s}} for i, s in enumerate(sizes)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("resources", "settings", "said"),
+    [
+        ("{gpus: 16}", {}, "asks for nodes of 1 CPUs, 16 GPUs, 4 GB; the cluster has 2 x 63.77 CPUs, 8 GPUs, 528 GB"),
+        (
+            "{gpus: 1, gpu_type: h100}",
+            {"gpu_types": {"h100": {"nvidia.com/gpu.product": "H100"}}},
+            "has none with nvid",
+        ),
+        ("{gpus: 1, gpu_type: h100}", {"gpu_types": {"a100": {}}}, "gpu_type h100; the launcher's gpu_types have a100"),
+    ],
+)
+def test_more_than_any_node_has_is_said_at_launch(place, ground, monkeypatch, resources, settings, said):
+    place.cluster.nodes = nodes(8, 8)
+    (ground.folder / "configs" / "toy.yaml").write_text(f"filter-captions: {{resources: {resources}}}\n")
+    monkeypatch.setattr(launching, "PROFILE", load_profile(ground.environment["M2M_PROFILE"]))
+    assert said in failure(place.run("filtered_captions", **settings)).error.message
+    assert not place.cluster.created
+
+
+def test_nodes_that_are_still_to_come_are_waited_for_where_the_launcher_says_so(place):
+    place.cluster.nodes = []
+    assert not place.run("filtered_captions").success
+    assert place.run("filtered_captions", autoscaling=True).success
+
+
+def test_a_refusal_says_whether_a_role_is_missing(place, monkeypatch):
+    monkeypatch.setattr(place.cluster, "create", lambda kind, manifest: refuse(kind))
+
+    def refuse(kind):
+        raise Refusal(403, f'{kind} is forbidden: User "dagster" cannot create resource "{kind}" in API group "batch"')
+
+    message = failure(place.run("filtered_captions")).error.message
+    assert 'User "dagster" cannot create resource "jobs"' in message and "give it a role for jobs" in message
+
+
+def test_the_namespace_is_that_of_the_context(place):
+    """Of the one that is asked for, which need not be the current one."""
+    path = Path(place.settings["kubeconfig"])
+    config = json.loads(path.read_text())
+    other = {"name": "other", "context": {"cluster": "test", "user": "test", "namespace": "elsewhere"}}
+    path.write_text(json.dumps(config | {"contexts": [*config["contexts"], other]}))
+    assert place.run("filtered_captions").success
+    message = failure(place.run("filtered_captions", context="other")).error.message
+    assert "there is no namespace elsewhere" in message
+
+
 def test_a_cluster_that_does_not_answer_is_said(place, tmp_path):
     config = Path(place.settings["kubeconfig"]).read_text().replace(place.cluster.url, "http://127.0.0.1:9")
     (tmp_path / "away").write_text(config)
     message = failure(place.run("filtered_captions", kubeconfig=str(tmp_path / "away"))).error.message
     assert "Kubernetes does not answer at http://127.0.0.1:9" in message
-
-
-SETTINGS = PodSettings(
-    image=IMAGE,
-    namespace=NAMESPACE,
-    gpu_types={"a100-80gb": {"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB"}},
-    node_selector={"pool": "gpu"},
-    tolerations=[{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
-    volumes=[{"name": "data", "persistentVolumeClaim": {"claimName": "m2m"}}],
-    volume_mounts=[{"name": "data", "mountPath": "/data"}],
-    secrets=["hub-token"],
-    image_pull_secrets=["registry"],
-    service_account="m2m",
-    priority_class="training",
-    working_dir="/data/m2m",
-)
-EIGHT = Resources(nodes=2, gpus=8, gpu_type="a100-80gb", cpus=64, memory_gb=512, hours=168)
-
-
-def made(asked=EIGHT, commands=(("python", "-m", "m2m", "pretrain"),), **more):
-    return job("train-1", {"m2m/run": "r"}, commands, {"A": "b"}, asked, SETTINGS, **{"partitioned": False, **more})
-
-
-@pytest.mark.parametrize("version", ["1.30", SCHEMAS, kubernetes_validate.latest_version()])
-def test_manifests_hold_against_the_official_schemas(version):
-    kubernetes_validate.validate(made(), version, strict=True)
-    kubernetes_validate.validate(service("train-1", {}, SETTINGS, "uid"), version, strict=True)
-    kubernetes_validate.validate(made(Resources(gpus=1), [["a"], ["b"]], partitioned=True), version, strict=True)
-    with pytest.raises(kubernetes_validate.ValidationError, match="completionz"):  # which would not pass what is wrong
-        wrong = made()
-        kubernetes_validate.validate({**wrong, "spec": {**wrong["spec"], "completionz": 2}}, version, strict=True)
-
-
-def test_a_request_becomes_gpus_nodes_volumes_and_secrets():
-    spec = made()["spec"]["template"]["spec"]
-    (container,) = spec["containers"]
-    assert container["resources"]["limits"] == {"memory": "524288Mi", "nvidia.com/gpu": "8"}
-    assert container["resources"]["requests"]["cpu"] == "64"
-    assert spec["nodeSelector"] == {"pool": "gpu", "nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB"}
-    assert container["envFrom"] == [{"secretRef": {"name": "hub-token"}}]
-    assert {"name": "data", "mountPath": "/data"} in container["volumeMounts"]
-    assert spec["activeDeadlineSeconds"] == 168 * 3600
-
-
-def test_a_training_across_nodes_has_a_pod_a_node_that_find_the_first():
-    manifest = made()
-    assert (manifest["spec"]["completions"], manifest["spec"]["parallelism"]) == (2, 2)
-    assert manifest["spec"]["backoffLimit"] == 0 and "podFailurePolicy" not in manifest["spec"]
-    found = service("train-1", {}, SETTINGS, "uid")
-    assert found["spec"]["clusterIP"] == "None" and found["spec"]["selector"] == {"job-name": "train-1"}
-    assert manifest["spec"]["template"]["spec"]["subdomain"] == found["metadata"]["name"]
-    assert "--leader train-1-0.train-1:29500" in manifest["spec"]["template"]["spec"]["containers"][0]["command"][-1]
 
 
 def test_a_launch_of_all_of_the_papers_shards_stays_within_what_a_cluster_takes():
