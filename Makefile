@@ -42,7 +42,7 @@ $(DAGSTER_HOME)/dagster.yaml: orchestration/dagster.yaml
 	@mkdir -p $(@D)
 	@cp $< $@
 
-.PHONY: help install install-dev demo test test-services bench lint format ui lock clean
+.PHONY: help install install-dev demo claims test test-services bench lint format ui lock clean
 
 install: $(VENV)/.installed ## what the project needs, into .venv
 install-dev: $(VENV)/.installed-dev ## and what its developers need
@@ -52,6 +52,13 @@ demo: install $(DAGSTER_HOME)/dagster.yaml ## the whole job with the tiny models
 	  -m dagster job execute -m orchestration.definitions -j m2m_pipeline
 	@echo
 	@echo "The report: $$($(RUN) -c 'from m2m.config import load_profile; print(load_profile().outputs)')/report/report.html"
+
+claims: install ## the claims on the shipped tiny weights, measured anew into docs/results (a quarter of an hour)
+	@for stage in filter-captions generate-sets cache-features "pretrain --variant self" "pretrain --variant dino"; do \
+	  $(RUN) -m m2m $$stage --config tiny_claims; done
+	@for evaluation in preceding_images consistency rollouts; do \
+	  $(VENV)/bin/torchrun --nproc-per-node 2 -m m2m evaluate --variant $$evaluation --config tiny_claims; done
+	@$(RUN) -m m2m.tiny results outputs/tiny_claims
 
 test: install-dev ## the tests
 	@$(RUN) -m pytest

@@ -5,7 +5,7 @@ training (`rollout_share`, `random_context`, `context_noise` of `pretrain`): oth
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -92,7 +92,7 @@ def evaluate_rollouts(config: Rollouts, run: StageRun) -> None:
     _tell(config, run, curves, errors, count, per_set)
 
 
-def _each_way(config: Rollouts, run: StageRun) -> Iterator[tuple[str, Sampler, Mapping[str, int | None]]]:
+def _each_way(config: Rollouts, run: StageRun) -> Iterator[tuple[str, Sampler, Mapping[str, Any]]]:
     """Both models as the settings have them, and with each remedy that they know."""
     for name, sampler in samplers(config, run):
         yield name, sampler, {}
@@ -106,7 +106,7 @@ def _roll(
     run: StageRun,
     name: str,
     sampler: Sampler,
-    remedy: Mapping[str, int | None],
+    remedy: Mapping[str, Any],
     sets: SetPictures,
     chosen: Sequence[int],
     dino: Dino,

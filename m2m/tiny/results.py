@@ -5,11 +5,11 @@ Belongs here: filling the marked places of a Markdown page. Not here: measuring 
 
 A place is a pair of comments; what stands between them is replaced:
 
-    <!-- table evaluate@preceding_images: By number of preceding images | model, guidance, kept where shared -->
+    <!-- table evaluate@preceding_images: By number of preceding images | model, kept where shared | guidance=1/7.5 -->
     <!-- end -->
 
-There are `table` (with the columns that are shown, else all), `curve` and `picture` of a stage, by what the stage
-calls them; `losses` of the shipped weights, `time` that the stages took, and `reached` over all seeds.
+There are `table` (with the columns and the rows that are shown, else all), `curve` and `picture` of a stage, by what
+the stage calls them; `losses` of the shipped weights, `time` that the stages took, and `reached` over all seeds.
 """
 
 import json
@@ -103,11 +103,18 @@ def _split(what: str) -> tuple[str, str]:
 
 
 def _table(outputs: Path, what: str) -> str:
-    what, _, columns = what.partition(" | ")
+    what, columns, only, *_ = (*(part.strip() for part in what.split("|")), "", "")
     stage, name = _split(what)
     found = _summary(outputs, stage)
     rows = found.tables.get(name, []) if found else []
+    for condition in filter(None, only.split(", ")):
+        key, _, values = condition.partition("=")
+        rows = [row for row in rows if _plain(row.get(key)) in values.split("/")]
     return markdown(rows, [column.strip() for column in columns.split(",")] if columns else ())
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def _curve(outputs: Path, what: str, folder: Path) -> str:

@@ -131,12 +131,15 @@ def test_what_is_kept_is_the_mean_over_the_attributes(trials, reader, accuracy):
 
 def test_sketches_are_of_the_same_attributes_and_read_as_such(reader):
     drawn, sketched = (draw_trials(60, 2, 0, SIZE, renderer) for renderer in ("world", "sketch"))
-    assert drawn.labels is not None and sketched.labels is not None and sketched.sets is not None
+    assert drawn.sets is not None and sketched.sets is not None
     assert not torch.equal(drawn.pictures, sketched.pictures)
     # the classifier never saw one: what it misreads is corrected for, and so must be little
     assert min(reading_accuracy(lambda pictures: pictures, sketched, reader).values()) > 0.75
-    both = [PlantedSampler("oracle", of.sets, SIZE, 2).continue_sets(of.pictures, of.keys) for of in (drawn, sketched)]
-    assert not torch.equal(*both)
+    first, second = (
+        PlantedSampler("oracle", sets, SIZE, 2).continue_sets(drawn.pictures, drawn.keys)
+        for sets in (drawn.sets, sketched.sets)
+    )
+    assert not torch.equal(first, second)
 
 
 def test_planted_pictures_depend_on_key_and_number_alone():

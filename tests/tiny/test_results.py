@@ -15,7 +15,7 @@ from tests.evaluation.outputs_by_hand import write_output
 KEPT = "kept where shared"
 PAGE = """# Words
 
-<!-- table evaluate@preceding_images: Kept | model, kept -->
+<!-- table evaluate@preceding_images: Kept | model, kept | sets=12/13, model=M2M-Self -->
 old
 <!-- end -->
 Between.
@@ -50,7 +50,7 @@ def outputs(tmp_path):
         profile = Profile(tmp_path / "x.yaml", {}, tmp_path / f"seed-{seed}", root=tmp_path)
         key = "evaluate@preceding_images"
         summary = Summary(
-            tables={"Kept": [{"model": "M2M-Self", "kept": kept, "kept ±": 0.01, "sets": 12}]},
+            tables={"Kept": [{"model": name, "kept": kept, "kept ±": 0.01, "sets": 12} for name in ("M2M-Self", "x")]},
             curves={"A curve": {"x": [1.0, 2.0], "M2M-Self": [0.1, 0.2]}},
             pictures={"M2M-Self: sets": "M2M-Self.png"},
         )
@@ -68,7 +68,7 @@ def test_places_are_filled_words_stay_and_what_is_missing_is_said(outputs, tmp_p
     assert rebuild(page, outputs, WEIGHTS) == ["table evaluate@novel_views: Views"]
     text = page.read_text()
     assert "# Words" in text and "\nBetween.\n" in text and "old" not in text
-    assert "| model | kept |\n| --- | --- |\n| M2M-Self | 0.800 ± 0.010 |" in text
+    assert "-->\n| model | kept |\n| --- | --- |\n| M2M-Self | 0.800 ± 0.010 |\n<!-- end" in text
     assert "*Not measured yet.*" in text and "evaluate@preceding_images | 12 |" in text.replace("13", "12")
     for name in ("preceding-images-a-curve.svg", "preceding-images-m2m-self.png", "losses.svg"):
         assert f"]({name})" in text and (page.parent / name).stat().st_size > 100
