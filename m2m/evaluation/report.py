@@ -49,7 +49,9 @@ _HOW_TO_READ = {
     "show what a perfect continuation would get.",
     "evaluate@preceding_images": "One picture cannot say what of it is the pattern; several that agree can. The ideal "
     "observer knows how often captions fix an attribute and concludes perfectly from what is seen; it is the most that "
-    "these pictures can tell. Rates are corrected for the reader's errors; “±” is their standard error over trials. "
+    "these pictures can tell. What a set shares must be kept, and what differs among its images must go on varying "
+    "(agree by chance alone): see the table by number of preceding images. Rates are corrected for the reader's "
+    "errors; “±” is their standard error over trials. "
     "Planted models prove the measures: the oracle shows pictures of the true set and has to meet the ideal observer's "
     "curve, the copier repeats a picture, the guesser ignores all of them, the drifter gets worse with every image.",
     "evaluate@consistency": "Generated images should be as like the preceding ones as the set's own further images "
