@@ -4,6 +4,8 @@ Belongs here: the launcher's interface, what a launch can be told, what the regi
 Not here: launchers (`orchestration/launchers`), so that nothing here points up.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -14,6 +16,7 @@ from pydantic import Field
 import m2m
 from assets_defs.checks import check_specs
 from assets_defs.profile import PROFILE
+from m2m.config import Profile
 from m2m.planned import recall_plan
 from m2m.stages import STAGES, Stage
 
@@ -68,7 +71,7 @@ def declared(stage_key: str, *sources: dg.AssetKey) -> dict[str, Any]:
         "kinds": set(stage.kinds),
         "tags": {"m2m/command": stage.command, "m2m/profile": PROFILE.name},
         "description": stage.description,
-        "code_version": str(stage.version),
+        "code_version": code_version(stage, PROFILE),
         "metadata": {
             "command": stage.make_command(PROFILE),
             "output": dg.MetadataValue.path(stage.folder(PROFILE)),
@@ -76,6 +79,17 @@ def declared(stage_key: str, *sources: dg.AssetKey) -> dict[str, Any]:
             **recall_plan(stage, PROFILE),  # what `m2m plan`, or the last run, counted for this profile
         },
     }
+
+
+def code_version(stage: Stage, profile: Profile) -> str:
+    """The stage's version and its settings: where either is another one, Dagster shows the asset as stale before a run.
+
+    What is done about it is the stage's own business (its fingerprint): it leaves what no byte can differ in as it is.
+    """
+    settings = profile.section(stage.command, stage.variant)
+    settings.pop("resources", None)
+    said = json.dumps(settings, sort_keys=True, default=str)
+    return f"{stage.version}-{hashlib.sha256(said.encode()).hexdigest()[:12]}"
 
 
 def _where(stage: Stage) -> dg.LocalFileCodeReference:

@@ -67,7 +67,9 @@ def main() -> int:
 
 def _lay_ground(folder: Path, outputs: Path) -> Profile:
     """A git and DVC repository with the project's dvc.yaml and a copy of the outputs."""
-    for name in ("dvc.yaml", ".gitignore", ".dvc/config", ".dvc/.gitignore", "m2m/stages.py", "m2m/config.py"):
+    captions = str(load_profile("tiny").section("filter-captions")["source"])
+    constant = ("LICENSE", "workspace.yaml")
+    for name in ("dvc.yaml", ".gitignore", ".dvc/config", ".dvc/.gitignore", "m2m/stages.py", *constant, captions):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(project_root() / name, folder / name)
     shutil.copytree(project_root() / "configs", folder / "configs")

@@ -1,6 +1,6 @@
 """`python -m m2m export`: a trained model as a folder of the Hugging Face hub's layout, and there by option.
 
-Belongs here: the folder, its checksums, the upload. Not here: the card's text (`m2m.model_card`).
+Belongs here: the folder, its checksums, the upload. Not here: what the card says (`m2m.release_card`).
 """
 
 import argparse
@@ -11,12 +11,12 @@ from pathlib import Path
 from m2m import artifacts
 from m2m.arguments import add_profile_argument
 from m2m.errors import ArtifactError, InputError, M2MError
-from m2m.model_card import card, licence_of, measured
+from m2m.pipelines.model_card import CARD
 from m2m.provenance import Made, find_output, trace
+from m2m.release_card import licence_of, measured, release_card
+from m2m.released import PROVENANCE, SUMS, as_json
 from m2m.stages import STAGES
-from m2m.trace import as_json
 
-SUMS = "SHA256SUMS"
 _OURS = {artifacts.MANIFEST, artifacts.SUMMARY, "training_log.jsonl"}
 """Files of a training's output that are no part of the model; provenance.json holds what they say."""
 
@@ -46,7 +46,7 @@ def export(text: str, out: Path, *, config: str | None = None, licence: str | No
         raise ArtifactError(f"{made.folder} is damaged: {'; '.join(found[:3])}")
     if broken := [gap for node in made.each() if node.manifest is None for gap in node.gaps]:
         raise ArtifactError(f"what {key} was made from is not here: {broken[0]}")
-    text_of_card = card(made, profile, licence_of(made, profile, licence), measured(made, profile))
+    card = release_card(made, profile, licence_of(made, profile, licence), measured(made, profile))
     if out.exists() and not (out / SUMS).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} holds something that no export wrote; name another folder")
     partial = out.with_name(f"{out.name}.partial")
@@ -56,8 +56,8 @@ def export(text: str, out: Path, *, config: str | None = None, licence: str | No
             target = partial / record.path
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(made.folder / record.path, target)
-    (partial / "README.md").write_text(text_of_card, encoding="utf-8")
-    artifacts.write_json(partial / "provenance.json", as_json(made))
+    (partial / CARD).write_text(card, encoding="utf-8")
+    artifacts.write_json(partial / PROVENANCE, as_json(made))
     sums = "".join(f"{record.sha256}  {record.path}\n" for record in artifacts.record_files(partial))
     artifacts.write_bytes(partial / SUMS, sums.encode())
     artifacts.promote(partial, out)

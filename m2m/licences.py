@@ -1,7 +1,7 @@
 """Which licences the Hugging Face hub knows by name, and which one a source of the hub is under.
 
 Belongs here: the hub's identifiers, as its documentation lists them (docs/hub/repositories-licenses). Not here: which
-licence a model comes to be under (`m2m.model_card`).
+licence a model comes to be under (`m2m.release_card`).
 """
 
 import difflib

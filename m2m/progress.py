@@ -28,6 +28,11 @@ class Progress:
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
 
+    @property
+    def job(self) -> Mapping[str, str]:
+        """What this run is a part of, by names for people; empty where somebody just typed a command."""
+        return {}
+
     def log(self, message: str) -> None:
         """Say one line."""
         if not self._quiet:
@@ -80,6 +85,10 @@ class PipesProgress(Progress):
     def __init__(self, context: Any, beside: Beside | None = None) -> None:
         super().__init__()
         self._context, self._beside = context, beside
+
+    @property
+    def job(self) -> Mapping[str, str]:
+        return {"Dagster run": self._context.run_id, "Dagster job": str(self._context.job_name)}
 
     def log(self, message: str) -> None:
         self._context.log.info(message)

@@ -14,12 +14,14 @@ from typing import Any
 
 from m2m import artifacts
 from m2m.artifacts import Manifest
-from m2m.config import Profile, is_hub_id, load_profile, source_digest
+from m2m.config import Profile, load_profile, source_digest
 from m2m.errors import InputError, M2MError
-from m2m.stage_run import fingerprint, records
+from m2m.run_record import records
+from m2m.stage_run import fingerprint
 from m2m.stages import STAGES, find_stage
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")  # which no other setting looks like
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,15 @@ def one_step(folder: Path, manifest: Manifest) -> Made:
 
 
 def verify(made: Made, profile: Profile) -> list[str]:
-    """Read every byte behind an output again: files, fingerprints, sources. What does not hold."""
+    """Read every byte behind an output again: files wherever they lie, fingerprints, sources. What does not hold."""
+    from m2m.data.attached import faults_elsewhere  # a reader of tars, which nothing else here needs
+
     found = []
     for node in made.each():
         if node.manifest is None:
             continue
-        found += [f"{node.key}: {fault}" for fault in artifacts.faults(node.folder, node.manifest, content=True)]
+        faults = artifacts.faults(node.folder, node.manifest, content=True)
+        found += [f"{node.key}: {fault}" for fault in faults + faults_elsewhere(node.folder, node.manifest)]
         stage = dataclasses.replace(STAGES[node.key], version=node.manifest.version)
         manifests = {name: of.manifest for name, of in node.inputs.items() if of.manifest is not None}
         as_made = {name: of.digest for name, of in manifests.items()} == node.manifest.inputs
@@ -127,7 +132,7 @@ def _trace(profile: Profile, key: str, seen: dict[str, Made]) -> Made:
     if not made.runs:
         made.gaps.append("there is no record here of the run that made it")
     made.sources = _sources(profile, key, manifest.config)
-    made.gaps += [f"{of.setting}: not known where it lay" for of in made.sources if of.path is None]
+    made.gaps += [gap for of in made.sources if (gap := _source_gap(of))]
     for name, digest in manifest.inputs.items():
         if name not in stage.inputs:
             made.gaps.append(f"its input {name} is none of {key}'s any more")
@@ -166,7 +171,7 @@ def _sources(profile: Profile, key: str, settings: Mapping[str, Any]) -> list[So
             found.append(
                 SourceRecord(setting, value, remembered.get(value) or _named(profile, section, setting, value))
             )
-        elif value in remembered.values() and is_hub_id(value):
+        elif _HUB_ID.fullmatch(value):
             found.append(SourceRecord(setting, value, value))
     return found
 
@@ -185,6 +190,16 @@ def _named(profile: Profile, section: Mapping[str, Any], setting: str, digest: s
         return named if isinstance(named, str) and source_digest(named, profile.root) == digest else None
     except M2MError:
         return None
+
+
+def _source_gap(source: SourceRecord) -> str | None:
+    if source.path is None:
+        return f"{source.setting}: not known where it lay"
+    if source.path == source.digest and "@" not in source.path:
+        return (
+            f"{source.setting}: {source.path} has no revision: the hub may give another one now. Say {source.path}@..."
+        )
+    return None
 
 
 def _source_fault(source: SourceRecord, profile: Profile) -> str | None:

@@ -1,18 +1,16 @@
 """The one way to run a stage: what its function is given, and how its output comes to stand whole in its place.
 
-Belongs here: staleness, locks, crash safety, the record of a run. Not here: which stages there are (`m2m.stages`).
+Belongs here: staleness, locks, crash safety. Not here: which stages there are (`m2m.stages`), the record of a run
+(`m2m.run_record`).
 """
 
 import hashlib
 import json
 import os
-import platform
 import shutil
-import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from m2m.config import Profile, resolve
 from m2m.errors import ArtifactError, CheckFailed, ConfigError
 from m2m.progress import Progress
 from m2m.recall import recall_identity, remember_identity
+from m2m.run_record import record_run, records
 from m2m.stages import STAGES, Stage, shard_key
 
 
@@ -104,11 +103,6 @@ class _Work:
     partial: Path
     inputs: Mapping[str, Path]
     fingerprint: str
-
-
-def records(profile: Profile, stage: Stage) -> Path:
-    """Where the records of a stage's runs lie."""
-    return profile.outputs / "runs" / stage.key
 
 
 def fingerprint(stage: Stage, settings: Mapping[str, Any], inputs: Mapping[str, Manifest]) -> str:
@@ -217,7 +211,7 @@ def _lead(
                 progress.made(placed, final, shards=keys, fresh=False)
                 return Outcome(final, placed, False, f"{final} was finished by another worker")
             if run.incomplete:
-                _record_run(stage, profile, run, started, None)
+                record_run(stage, profile, print_, started, None, progress.job)
                 return Outcome(partial, None, True, run.incomplete)
         # workers that made the last shards together come here together: one finishes, the others find it done
         with artifacts.locked(_lock_path(profile, stage, "finish-output"), progress.log):
@@ -228,7 +222,7 @@ def _lead(
                     manifest = _finish(stage, settings, manifests, run)
                 artifacts.promote(partial, final)
         _drop_leftovers(final)
-        _record_run(stage, profile, run, started, manifest)
+        record_run(stage, profile, print_, started, manifest, progress.job)
     progress.made(manifest, final, shards=keys, fresh=True)
     return Outcome(final, manifest, True, f"{final}: {len(manifest.files)} files, {_counted(manifest.counts)}")
 
@@ -301,49 +295,6 @@ def _drop_leftovers(final: Path) -> None:
     """Remove what other settings left half-made, once a whole output stands."""
     for leftover in final.parent.glob(f"{final.name}.partial-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _record_run(stage: Stage, profile: Profile, run: StageRun, started: float, manifest: Manifest | None) -> None:
-    """Write what varies between equal runs (times, machine, versions, git) beside the outputs, never into them."""
-    artifacts.write_json(
-        records(profile, stage) / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(started))}-{os.getpid()}.json",
-        {
-            "stage": stage.key,
-            "fingerprint": run.fingerprint,
-            "manifest": manifest.digest if manifest else None,
-            "seconds": round(time.time() - started, 3),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-            "machine": {"python": platform.python_version(), "system": platform.platform(), "cpus": os.cpu_count()},
-            "packages": _versions(("torch", "diffusers", "transformers", "accelerate", "numpy", "torchmetrics")),
-            "git": _git_state(profile.root),
-            "job": {key: os.environ[key] for key in ("SLURM_JOB_ID", "DAGSTER_RUN_ID") if key in os.environ},
-        },
-    )
-
-
-def _versions(names: Iterable[str]) -> dict[str, str]:
-    found = {}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _git_state(root: Path) -> dict[str, Any]:
-    """The revision, and whether anything but DVC's record of earlier stages was changed since."""
-
-    def ask(*argv: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *argv], cwd=root, capture_output=True, text=True, timeout=10, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    revision = ask("rev-parse", "HEAD")
-    changed = ask("status", "--porcelain", "--", ":(top)", ":(exclude)dvc.lock")
-    return {"revision": revision, "dirty": bool(changed) if revision else None}
 
 
 def _counted(counts: Mapping[str, int]) -> str:

@@ -56,6 +56,18 @@ def send(folder: Path, manifest: Manifest, url: str, profile: str) -> str:
         return str(fs.unstrip_protocol(there))
 
 
+def sent_to(url: str, manifest: Manifest, profile: str) -> str | None:
+    """The address at which a store has this very version, whole; None where it has not.
+
+    Raises:
+        StoreError: the store can't be read.
+    """
+    with _reasons(url, f"looking for {manifest.stage}"):
+        fs, base = _open(url, STAGES[manifest.stage], profile)
+        there = posixpath.join(base, manifest.digest[:_VERSION])
+        return str(fs.unstrip_protocol(there)) if fs.exists(f"{there}/{MANIFEST}") else None
+
+
 def fetch(url: str, stage: Stage, profile: str, folder: Path, version: str | None = None) -> Manifest:
     """Bring an output; files that are here are kept, also those of an interrupted call. Every byte is checked.
 

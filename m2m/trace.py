@@ -5,14 +5,18 @@ Belongs here: showing it. Not here: reading it back from disk (`m2m.provenance`)
 
 import argparse
 import json
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from m2m.arguments import add_profile_argument
 from m2m.errors import ConfigError
 from m2m.provenance import Made, find_output, flat, trace, verify
+from m2m.released import as_json, changed, find_release, read_release
 
 _SHORT = 12
+_WIDTH = 120
 
 
 def tree(made: Made) -> list[str]:
@@ -41,24 +45,9 @@ def differences(a: Made, b: Made) -> list[str]:
     return lines
 
 
-def as_json(made: Made) -> dict[str, Any]:
-    """Everything that is known, for programs: outputs by their stage's key."""
-    return {
-        node.key: {
-            "manifest": node.manifest.model_dump() if node.manifest else None,
-            "digest": node.manifest.digest if node.manifest else None,
-            "runs": node.runs,
-            "sources": [{"setting": of.setting, "digest": of.digest, "path": of.path} for of in node.sources],
-            "inputs": {name: of.key for name, of in node.inputs.items()},
-            "gaps": node.gaps,
-        }
-        for node in made.each()
-    }
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_profile_argument(parser)
-    told = "an output's folder, a file in it (a report, a checkpoint), or a stage, for example report or pretrain@self"
+    told = "an output's folder, a file in it (a report, a checkpoint), an exported folder, or a stage: pretrain@self"
     parser.add_argument("result", nargs="?", help=told)
     parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="what differs between two results")
     parser.add_argument("--verify", action="store_true", help="read every byte on the way again")
@@ -70,12 +59,11 @@ def main(args: argparse.Namespace) -> int:
     if (args.result is None) == (args.diff is None):
         raise ConfigError("trace takes one result, or --diff and two")
     if args.diff:
-        a, b = (trace(*find_output(text, args.config)) for text in args.diff)
+        a, b = (_found(text, args.config)[0] for text in args.diff)
         print("\n".join(differences(a, b)) or "nothing differs")
         return 0
-    profile, key = find_output(args.result, args.config)
-    made = trace(profile, key)
-    broken = verify(made, profile) if args.verify else []
+    made, read_again = _found(args.result, args.config)
+    files, broken = read_again() if args.verify else (0, [])
     if args.json:
         print(json.dumps({"outputs": as_json(made), "broken": broken}, indent=1, ensure_ascii=False))
         return 1 if broken else 0
@@ -85,9 +73,18 @@ def main(args: argparse.Namespace) -> int:
     sources = {source.digest for node in nodes for source in node.sources}
     print(f"{len(nodes)} outputs, {len(sources)} sources, {gaps} gaps")
     if args.verify:
-        files = sum(len(node.manifest.files) for node in nodes if node.manifest)
         print("\n".join([f"{files} files read again; {len(broken)} things are not as they were", *broken]))
     return 1 if broken else 0
+
+
+def _found(text: str, config: str | None) -> tuple[Made, Callable[[], tuple[int, list[str]]]]:
+    """What a user means, and what reads its bytes again: how many files there are, and what of them does not hold."""
+    if folder := find_release(Path(text)):
+        return read_release(folder), lambda: changed(folder)
+    profile, key = find_output(text, config)
+    made = trace(profile, key)
+    files = sum(len(node.manifest.files) for node in made.each() if node.manifest)
+    return made, lambda: (files, verify(made, profile))
 
 
 def _tree(made: Made, indent: str, told: set[str], name: str = "") -> Iterator[str]:
@@ -101,9 +98,10 @@ def _tree(made: Made, indent: str, told: set[str], name: str = "") -> Iterator[s
         yield f"{label}: {made.folder}"
         yield f"{inner}fingerprint {made.manifest.fingerprint[:_SHORT]}, manifest {made.manifest.digest[:_SHORT]}"
         yield from (f"{inner}{line}" for line in _run_lines(made, told))
-        seeds = {k: v for k, v in flat(made.manifest.config).items() if k.rpartition(".")[2].endswith("seed")}
-        if seeds:
-            yield f"{inner}{', '.join(f'{name} {value}' for name, value in seeds.items())}"
+        read = {source.setting for source in made.sources}
+        settings = {name: value for name, value in flat(made.manifest.config).items() if name not in read}
+        seeds = {name: settings.pop(name) for name in list(settings) if name.rpartition(".")[2].endswith("seed")}
+        yield from (f"{inner}{line}" for said in (seeds, settings) for line in _wrapped(said, _WIDTH - len(inner)))
     else:
         yield label
     yield from (f"{inner}GAP: {gap}" for gap in made.gaps)
@@ -112,6 +110,11 @@ def _tree(made: Made, indent: str, told: set[str], name: str = "") -> Iterator[s
         yield f"{inner}{source.setting} = {source.path or '?'}{digest}"
     for input_name, of in made.inputs.items():
         yield from _tree(of, inner, told, input_name)
+
+
+def _wrapped(settings: dict[str, Any], width: int) -> list[str]:
+    said = ", ".join(f"{name} {'none' if value is None else value}" for name, value in settings.items())
+    return textwrap.wrap(said, max(width, 40), break_long_words=False, break_on_hyphens=False)
 
 
 def _run_lines(made: Made, told: set[str]) -> Iterator[str]:

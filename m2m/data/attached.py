@@ -1,6 +1,6 @@
 """An output whose tars stay where they lie, for example on S3, while all that is small of it comes here.
 
-Belongs here: taking such an output over. Not here: reading its tars (`m2m.data.tars`).
+Belongs here: taking such an output over, verifying what stays there. Not here: reading its tars (`m2m.data.tars`).
 """
 
 import hashlib
@@ -12,7 +12,8 @@ from pathlib import Path
 
 from m2m import artifacts
 from m2m.artifacts import ELSEWHERE, MANIFEST, Elsewhere, FileRecord, Manifest
-from m2m.data.tars import RemoteTar, read_remote
+from m2m.data.block_cache import BlockCache
+from m2m.data.tars import RemoteTar, blocks_of, read_remote
 from m2m.errors import ArtifactError
 from m2m.progress import Progress
 from m2m.stages import Stage
@@ -50,6 +51,27 @@ def attach(url: str, stage: Stage, out: Path, progress: Progress) -> Manifest:
     finally:
         shutil.rmtree(coming, ignore_errors=True)
     return manifest
+
+
+def faults_elsewhere(folder: Path, manifest: Manifest) -> list[str]:
+    """What of the manifest's files that lie elsewhere is not as it was: every byte is read there, none from a cache."""
+    there = artifacts.read_elsewhere(folder)
+    if there is None:
+        return []
+    found = []
+    for record in manifest.files:
+        if not record.path.endswith(there.ending) or (folder / record.path).exists():
+            continue
+        tar, digest = RemoteTar(f"{there.url}/{record.path}", BlockCache(Path(os.devnull), 0)), hashlib.sha256()
+        try:
+            for block in blocks_of(tar):
+                digest.update(block)
+        except ArtifactError as error:
+            found.append(str(error))
+            continue
+        if digest.hexdigest() != record.sha256:
+            found.append(f"{tar.url} has other content than when it was made")
+    return found
 
 
 def _fetch(there: Elsewhere, files: Sequence[FileRecord], folder: Path, progress: Progress) -> None:

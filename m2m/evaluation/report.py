@@ -17,6 +17,7 @@ from m2m.artifacts import Manifest, Summary
 from m2m.config import Source, StageConfig
 from m2m.errors import ArtifactError
 from m2m.evaluation.compare import open_per_set
+from m2m.evaluation.curves import CURVES, write_curves
 from m2m.evaluation.gate import FALSE_ALARMS, HEADLINES, WORSENING, blind_to, gate, regressions
 from m2m.evaluation.page import data_uri, inside, missing_from, render
 from m2m.evaluation.per_set import PER_SET, Metric, read_per_set, write_per_set
@@ -180,6 +181,8 @@ def write_report(config: WriteReport, run: StageRun) -> None:
     )
     artifacts.write_bytes(run.out / PAGE, html.encode())
     write_per_set(run.out / PER_SET, metrics)
+    for section in sections:
+        write_curves(run.out / CURVES, section.id, section.title, section.summary.curves)
     artifacts.write_json(run.out / METRICS, {section.stage.key: _metrics(section) for section in sections})
     run.figure(**figures, gate=compared or None)
     run.count(

@@ -1,17 +1,21 @@
 """The model card of a saved pipeline: a README.md that says what the folder holds and how to use it.
 
-Belongs here: its facts, its text, reading the facts back. Not here: what a training knows of itself; it sets the facts.
-Deterministic and without paths of this machine, as everything in an output.
+`save_pretrained` writes it, from the facts that a training sets; `export` completes that one for a release.
+
+Belongs here: its facts, its text, reading the facts back, completing it. Not here: what a training knows of itself,
+what manifests say of a release (`m2m.release_card`). Deterministic and without paths of this machine, as everything in
+an output.
 """
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from m2m.config import is_hub_id
-from m2m.models.unet import VARIANTS
+from m2m.licences import OTHER, in_a_card
 
 CARD = "README.md"
 _FACTS = "m2m"  # key of the facts in the card's header
@@ -25,37 +29,39 @@ class CardFacts:
     Attributes:
         initialised_from: a hub id, or a model's name; no path.
         label: for example "tiny" or "real": what the weights can be expected to be good for.
-        licence: the hub's name of it (`mit`, `openrail++`, ...); weights inherit that of what they started from.
+        licence: the hub's name of it (`mit`, `openrail++`, ...), or `other:ITS NAME`; weights inherit that of what they
+            started from.
         notes: more for readers, Markdown.
     """
 
     initialised_from: str | None = None
     label: str | None = None
-    licence: str = "other"
+    licence: str = OTHER
     notes: str | None = None
 
 
 def write_card(pipeline: Any, folder: Path) -> None:
     """Write the card of a ManyToManyPipeline, with its `card` facts, into its folder."""
+    from m2m.models.unet import VARIANTS  # brings torch, which reading and completing cards does without
+
     facts: CardFacts = pipeline.card
     unet = pipeline.unet
     kind, condition = VARIANTS[unet.variant], unet.config["condition"]
     source = facts.initialised_from
     header: dict[str, Any] = {
-        "license": facts.licence,
-        "license_name": None if facts.licence != "other" else "as-of-the-model-it-was-initialised-from",
+        **_licence_in_header(facts.licence),
         "library_name": "diffusers",
         "pipeline_tag": "image-to-image",
         "tags": ["many-to-many-image-generation", kind.lower(), *([condition] if condition else [])],
         "base_model": source.partition("@")[0] if source and is_hub_id(source) and " " not in source else None,
-        _FACTS: {key: value for key, value in asdict(facts).items() if value is not None},
+        _FACTS: _said(facts),
     }
     text = _TEXT.format(
         header=ModelCardData(**header).to_yaml(),
         kind=kind,
         label=f" ({facts.label})" if facts.label else "",
         reads=_READS[unet.variant],
-        rows="\n".join(f"| {name} | {value} |" for name, value in _table(pipeline)),
+        rows="\n".join(_row(name, value) for name, value in _table(pipeline, kind)),
         condition=_CONDITION.format(condition=condition) if condition else "",
         notes=f"\n{facts.notes}\n" if facts.notes else "",
         conditions=_CONDITION_LINES.format(numbers=unet.condition_embedder.numbers) if condition else "",
@@ -77,14 +83,50 @@ def read_facts(folder: Path) -> CardFacts:
     return CardFacts(**{key: str(value) for key, value in (found or {}).items() if key in known})
 
 
-def _table(pipeline: Any) -> list[tuple[str, Any]]:
+def completed(folder: Path, name: str, licence: str, figures: Sequence[EvalResult], sections: Mapping[str, str]) -> str:
+    """A saved pipeline's card as a release has it: with its licence and figures, and with more sections at its end.
+
+    Args:
+        name: of the model in the hub's list of figures.
+        licence: as in `CardFacts`.
+        sections: texts by their headings.
+    """
+    card, facts = ModelCard.load(folder / CARD), read_facts(folder)
+    licensed = replace(facts, licence=licence)
+    for key, value in {"license_name": None, **_licence_in_header(licence), _FACTS: _said(licensed)}.items():
+        card.data[key] = value
+    if figures:
+        card.data.model_name, card.data.eval_results = name, list(figures)
+    card.text = card.text.replace(_row(*_licence_row(facts)), _row(*_licence_row(licensed)))
+    return "\n".join([card.content.rstrip("\n"), *(f"\n## {head}\n\n{text}" for head, text in sections.items())]) + "\n"
+
+
+def _said(facts: CardFacts) -> dict[str, str]:
+    return {key: value for key, value in asdict(facts).items() if value is not None}
+
+
+def _licence_in_header(licence: str) -> dict[str, str]:
+    unnamed = {"license_name": "as-of-the-model-it-was-initialised-from"} if licence == OTHER else {}
+    return in_a_card(licence) | unnamed
+
+
+def _licence_row(facts: CardFacts) -> tuple[str, str]:
+    own = facts.licence.removeprefix(f"{OTHER}:")
+    return "licence", "that of the model it was initialised from" if own == OTHER else own
+
+
+def _row(name: str, value: Any) -> str:
+    return f"| {name} | {value} |"
+
+
+def _table(pipeline: Any, kind: str) -> list[tuple[str, Any]]:
     unet, facts = pipeline.unet, pipeline.card
     rows: list[tuple[str, Any]] = [
-        ("variant", f"{VARIANTS[unet.variant]} (`{unet.variant}`)"),
+        ("variant", f"{kind} (`{unet.variant}`)"),
         ("condition", unet.config["condition"] or "none"),
         ("initialised from", facts.initialised_from or _NOT_RECORDED),
         ("label", facts.label or _NOT_RECORDED),
-        ("licence", facts.licence if facts.licence != "other" else "that of the model it was initialised from"),
+        _licence_row(facts),
         ("parameters of the U-Net", f"{sum(parameter.numel() for parameter in unet.parameters()):,}"),
     ]
     if unet.origin is not None:

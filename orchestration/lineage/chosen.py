@@ -31,10 +31,10 @@ def with_recorders(launcher: Launcher) -> Launcher:
         raise ConfigError(f"M2M_DVC is {how!r}; it must be one of {', '.join(HOW)}")
     if how != "off":
         recorders.append(DvcRecorder.of(how, PROFILE.root, os.environ.get("M2M_DVC_REMOTE")))
-    if lake := _lakefs():
-        recorders.append(lake)
     if store := _store():
         recorders.append(store)
+    if lake := lakefs_of_surroundings():  # after the store, what lies there can be linked
+        recorders.append(lake)
     followers = [OpenLineage(os.environ.get("OPENLINEAGE_NAMESPACE", "m2m"))] if _asked("M2M_OPENLINEAGE") else []
     return RecordingLauncher(launcher, recorders, PROFILE, followers) if recorders or followers else launcher
 
@@ -57,7 +57,12 @@ def _asked(name: str) -> bool:
     return value == "on"
 
 
-def _lakefs() -> LakeFS | None:
+def lakefs_of_surroundings() -> LakeFS | None:
+    """lakeFS as the surroundings name it; None where they name none.
+
+    Raises:
+        ConfigError: something of it is missing.
+    """
     endpoint = os.environ.get("M2M_LAKEFS")
     if not endpoint:
         return None
@@ -65,4 +70,7 @@ def _lakefs() -> LakeFS | None:
     missing = [name for name in names if not os.environ.get(name)]
     if missing:
         raise ConfigError(f"M2M_LAKEFS is {endpoint}, but {', '.join(missing)} is not set")
-    return LakeFS(endpoint, *(os.environ[name] for name in names))
+    linked = os.environ.get("M2M_STORE") if _asked("M2M_LAKEFS_LINK") else None
+    if linked is None and _asked("M2M_LAKEFS_LINK"):
+        raise ConfigError("M2M_LAKEFS_LINK is on, but M2M_STORE, whose objects are to be linked, is not set")
+    return LakeFS(endpoint, *(os.environ[name] for name in names), linked=linked)

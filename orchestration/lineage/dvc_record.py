@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from m2m import artifacts
-from m2m.stage_run import records
+from m2m.run_record import records
 from m2m.stages import Stage
 from m2m.stores import advice
 from orchestration.lineage.recording import Recording, RecordingError

@@ -6,15 +6,16 @@ Belongs here: all that knows lakeFS or its client, which is deprecated upstream.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from m2m import artifacts
-from m2m.artifacts import MANIFEST, Manifest
+from m2m.artifacts import MANIFEST, FileRecord, Manifest
 from m2m.errors import ArtifactError
 from m2m.stages import Stage
+from m2m.stores import StoreError, sent_to
 from orchestration.lineage.recording import Recording, RecordingError
 
 _PAGE = 1000
@@ -26,17 +27,26 @@ class LakeFS:
     Args:
         endpoint: for example http://127.0.0.1:8000.
         main: the branch that holds what is good.
+        linked: URL of a store (`m2m.stores`) that the server reads too: what lies there is linked, not sent again.
     """
 
     name = "lakeFS"
 
-    def __init__(self, endpoint: str, repository: str, key_id: str, secret: str, main: str = "main") -> None:
-        self.endpoint, self.repository, self.main = endpoint, repository, main
+    def __init__(
+        self,
+        endpoint: str,
+        repository: str,
+        key_id: str,
+        secret: str,
+        main: str = "main",
+        linked: str | None = None,
+    ) -> None:
+        self.endpoint, self.repository, self.main, self.linked = endpoint, repository, main, linked
         self._keys = (key_id, secret)
         self._made: Any = None
 
     def record(self, made: Recording) -> str:
-        """Upload what changed to the run's branch, commit it with where it came from, merge it; see `Recorder`.
+        """Bring what changed to the run's branch, commit it with where it came from, merge it; see `Recorder`.
 
         A stage puts its output in place only when its checks hold: what stands there may be merged. After a failure the
         branch stays, and recording again goes on from it.
@@ -115,9 +125,13 @@ class LakeFS:
         known = {record.path: record.sha256 for record in there.files} if there else {}
         if there is not None:
             self._client.objects_api.delete_object(self.repository, branch, prefix + MANIFEST)
+        lies_at = self._lies_at(made, folder)
         for record in made.manifest.files:
             if known.get(record.path) != record.sha256:
-                self._upload(branch, prefix + record.path, folder / record.path)
+                if (address := lies_at(record)) is not None:
+                    self._link(branch, prefix + record.path, address, record)
+                else:
+                    self._upload(branch, prefix + record.path, folder / record.path)
         wanted = {prefix + record.path for record in made.manifest.files}
         for path in [path for path in self._paths(branch, prefix) if path not in wanted]:
             self._client.objects_api.delete_object(self.repository, branch, path)
@@ -175,6 +189,25 @@ class LakeFS:
         with file.open("rb") as content:  # the client reads it into memory: a shard at a time
             self._client.objects_api.upload_object(self.repository, branch, path, content=content)
 
+    def _link(self, branch: str, path: str, address: str, record: FileRecord) -> None:
+        """An object whose bytes stay where they lie."""
+        from lakefs_client.models import ObjectStageCreation
+
+        object_ = ObjectStageCreation(physical_address=address, checksum=record.sha256, size_bytes=record.size)
+        self._client.internal_api.stage_object(self.repository, branch, path, object_)
+
+    def _lies_at(self, made: Recording, folder: Path) -> Callable[[FileRecord], str | None]:
+        """Where a file lies that need not be sent: in the store, or elsewhere than beside its manifest."""
+        store = None if self.linked is None else sent_to(self.linked, made.manifest, made.profile.name)
+        if store is not None:
+            return lambda record: f"{store}/{record.path}"
+        there = artifacts.read_elsewhere(folder)
+        return lambda record: (
+            f"{there.url}/{record.path}"
+            if there is not None and record.path.endswith(there.ending) and not (folder / record.path).exists()
+            else None
+        )
+
     def _download(self, ref: str, path: str, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         answer = self._client.objects_api.get_object(self.repository, ref, path, _preload_content=False)
@@ -204,7 +237,7 @@ class LakeFS:
             status = getattr(error, "status", None)
             hints = {401: " (are the access key and its secret right?)", 404: f" (is there a {self._where}?)"}
             raise RecordingError(f"{self._where}: {doing}: {_message(error)}{hints.get(status or 0, '')}") from error
-        except (HTTPError, OSError) as error:
+        except (HTTPError, OSError, StoreError) as error:
             said = " ".join(str(error).split())
             raise RecordingError(f"{self._where}: {doing}: {said}") from error
 

@@ -101,6 +101,15 @@ def test_numbers_lie_beside_the_page_with_what_they_were_made_with(whole_outputs
     assert list(read_per_set(folder / PER_SET)) == ["table_1: M2M-Self: FID ↓"]
 
 
+def test_every_curve_is_a_file_of_rows_beside_the_page(whole_outputs):
+    folder = run_stage(STAGES["report"], whole_outputs, progress=Progress(quiet=True)).folder
+    curves = {path.name: json.loads(path.read_text()) for path in (folder / "curves").iterdir()}
+    assert set(curves) == {f"{key.replace('@', '-')}-loss-by-step.json" for key in STAGES["report"].inputs.values()}
+    row = {"curve": "M2M-Self: loss by step", "of": "M2M-Self"}
+    points = [{**row, "x": x, "value": value} for x, value in ((1.0, 3.0), (2.0, 1.0), (3.0, 0.5))]
+    assert curves["pretrain-self-loss-by-step.json"] == points
+
+
 def test_a_report_worse_than_the_accepted_one_is_refused(whole_outputs, tmp_path):
     better = PerSet()
     better.add("table_1: M2M-Self: FID ↓", np.arange(1.0, 13.0) / 12, "lower")

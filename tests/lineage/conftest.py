@@ -86,16 +86,15 @@ def s3(_s3_server, tmp_path, monkeypatch) -> Iterator[seaweedfs.S3]:
 def project(chain, monkeypatch) -> Profile:
     """The toy chain in a git and DVC repository with the project's own dvc.yaml; a folder is the remote."""
     root = chain.root
-    shutil.copy(ROOT / "dvc.yaml", root)
-    shutil.copy(ROOT / ".gitignore", root)
+    for name in ("dvc.yaml", ".gitignore", "LICENSE", "workspace.yaml"):
+        shutil.copy(ROOT / name, root)
     (root / ".dvc").mkdir()
     shutil.copytree(ROOT / ".dvc" / "plots", root / ".dvc" / "plots")
     remote = f"['remote \"here\"']\n    url = {root.parent / 'remote'}\n"
     (root / ".dvc" / "config").write_text((ROOT / ".dvc" / "config").read_text() + remote)
     (root / ".dvc" / ".gitignore").write_text("/config.local\n/tmp\n/cache\n")
     (root / "m2m").mkdir()
-    for name in ("stages.py", "config.py"):
-        (root / "m2m" / name).write_text("")
+    shutil.copy(ROOT / "m2m" / "stages.py", root / "m2m")
     for name, value in (("GIT_AUTHOR", "A Tester"), ("GIT_COMMITTER", "A Tester")):
         monkeypatch.setenv(f"{name}_NAME", value)
         monkeypatch.setenv(f"{name}_EMAIL", "tester@example.org")

@@ -1,6 +1,6 @@
 """As much of a lakeFS server as the resource asks for, from lakeFS' published OpenAPI description.
 
-Branches, staged and committed objects, commits with metadata, three-way merges and their conflicts, tags, paging.
+Branches, staged, linked and committed objects, commits with metadata, three-way merges, conflicts, tags, paging.
 """
 
 import base64
@@ -12,9 +12,18 @@ from dataclasses import dataclass, field
 from email.parser import BytesParser
 from email.policy import HTTP
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 KEYS = ("AKIAOFATEST", "secret")
+
+
+class Linked(bytes):
+    """The physical address of an object whose bytes are not the server's own."""
+
+    @property
+    def content(self) -> bytes:
+        return Path(urllib.parse.urlsplit(self.decode()).path).read_bytes()
 
 
 @dataclass
@@ -79,6 +88,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._route("POST")
 
+    def do_PUT(self) -> None:
+        self._route("PUT")
+
     def do_DELETE(self) -> None:
         self._route("DELETE")
 
@@ -102,6 +114,9 @@ class Handler(BaseHTTPRequestHandler):
             case "POST", ["branches", branch, "objects"] if branch in repository.branches:
                 repository.uploads += 1
                 repository.staged[branch][asked["path"]] = self._content(body)
+                return self._answer(self._stats(asked["path"], repository.staged[branch][asked["path"]]), 201)
+            case "PUT", ["branches", branch, "objects"] if branch in repository.branches:
+                repository.staged[branch][asked["path"]] = Linked(json.loads(body)["physical_address"].encode())
                 return self._answer(self._stats(asked["path"], repository.staged[branch][asked["path"]]), 201)
             case "DELETE", ["branches", branch, "objects"] if branch in repository.branches:
                 repository.staged[branch].pop(asked["path"], None)
@@ -141,7 +156,9 @@ class Handler(BaseHTTPRequestHandler):
         tree = repository.tree(ref)
         if tree is None or path not in tree:
             return self._fail(404, "object not found" if tree is not None else "ref not found")
-        return self._send(tree[path], 200, "application/octet-stream")
+        found = tree[path]
+        content = found.content if isinstance(found, Linked) else found
+        return self._send(content, 200, "application/octet-stream")
 
     def _list(self, repository: Repository, ref: str, asked: dict[str, str]) -> None:
         tree = repository.tree(ref)

@@ -1,7 +1,9 @@
 """What was made is recorded with real DVC and real git, whoever else records, and whatever goes wrong."""
 
+import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,8 +41,9 @@ def record_all(profile: Profile, recorder: DvcRecorder) -> None:
 
 
 def status(root: Path) -> dict:
+    """What DVC finds changed, by the names of stages."""
     with Repo(str(root)) as repo:
-        return repo.status()
+        return {name.rpartition(":")[2]: changes for name, changes in repo.status().items()}
 
 
 def locked_stages(root: Path) -> set[str]:
@@ -136,6 +139,20 @@ def test_repro_after_recording_runs_only_what_a_changed_param_reaches(project, d
     assert status(root) == {}
 
 
+def test_other_captions_and_another_version_of_a_stage_are_seen(project):
+    root = project.root
+    record_all(project, DvcRecorder(root))
+    captions, registry = root / "captions.tsv", root / "m2m" / "stages.py"
+    was = captions.read_bytes()
+    captions.write_bytes(was + b"https://example.org/2\ta blue star\n")
+    assert set(status(root)) == {"filter_captions"}
+    captions.write_bytes(was)
+    registry.write_text(registry.read_text().replace('"""Every stage', '"""Each stage'))
+    assert status(root) == {}
+    registry.write_text(registry.read_text().replace('"finetune": 2', '"finetune": 3'))
+    assert set(status(root)) == {"finetune@nvs", "finetune@vgsi"}
+
+
 def test_repro_from_scratch_makes_the_same_bytes(project, dvc_runs_toys):
     root = project.root
     before = {key: recording(project, key).manifest.digest for key in STAGES}
@@ -157,13 +174,25 @@ def test_an_experiment_is_a_commit_of_dvcs_with_its_figures(project, dvc_runs_to
     assert git(root, "status", "--porcelain").split() == ["M", "configs/tiny.yaml", "M", "dvc.lock"]
 
 
-def test_metrics_and_plots_are_read_from_inside_the_outputs(project):
+def test_metrics_and_plots_are_read_from_inside_the_outputs(project, tmp_path):
     with Repo(str(project.root)) as repo:
         shown: Any = repo.metrics.show()
         found = shown[""]["data"]["outputs/tiny/evaluate/table_1/summary.json"]
         assert found["data"]["figures"]["fid_self"] == 10.5
-        plots = repo.plots.show()["workspace"]["definitions"]["data"]["dvc.yaml"]["data"]
-    assert any("novel_views" in name for name in plots)
+    argv = [
+        sys.executable,
+        "-m",
+        "dvc",
+        "plots",
+        "show",
+        "--out",
+        str(tmp_path / "plots"),
+        "outputs/tiny/report/curves",
+    ]
+    subprocess.run(argv, cwd=project.root, check=True, capture_output=True)
+    specs = map(json.loads, re.findall(r"var spec = (.*);", (tmp_path / "plots" / "index.html").read_text()))
+    drawn = [{(row["of"], row["x"], row["value"]) for row in spec["data"]["values"]} for spec in specs]
+    assert {("M2M-DINO", 1.0, 0.5), ("M2M-DINO", 2.0, 0.8)} in drawn
 
 
 def test_only_manifests_are_versioned_where_an_object_store_holds_the_shards(project):
@@ -187,7 +216,8 @@ def no_dvc(root: Path) -> str:
 
 
 def other_profile(root: Path) -> str:
-    (root / "dvc.yaml").write_text((root / "dvc.yaml").read_text().replace("- profile: tiny", "- profile: other"))
+    text = (root / "dvc.yaml").read_text().replace("- profile: tiny", "- profile: other")
+    (root / "dvc.yaml").write_text(text.replace("- configs/tiny.yaml", "- configs/other.yaml"))
     shutil.copy(root / "configs" / "tiny.yaml", root / "configs" / "other.yaml")
     return "see its `vars`"
 
@@ -324,11 +354,13 @@ def test_the_definitions_record_where_they_are_asked_to(project, monkeypatch):
     launcher = local.LocalLauncher(command=[sys.executable, str(TOY)])
     assert chosen.with_recorders(launcher) is launcher  # nothing is recorded unless somebody asks
     monkeypatch.setenv("M2M_DVC", "record")
+    shutil.rmtree(project.outputs / "filter-captions")
     job = build_defs(resource_overrides={"launcher": launcher}).resolve_job_def("m2m_pipeline")
     result = job.execute_in_process(asset_selection=[dg.AssetKey("filtered_captions")])
     (event,) = result.asset_materializations_for_node("filtered_captions")
     assert str(event.metadata["recorded by DVC"].value).startswith("filter_captions ")
     assert "| source | captions.tsv | " in str(event.metadata["made_from"].value)
+    assert trace(project, "filter-captions").run["job"] == {"Dagster run": result.run_id, "Dagster job": "m2m_pipeline"}
     assert locked_stages(project.root) == {"filter_captions"}
 
 

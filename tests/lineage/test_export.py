@@ -42,7 +42,10 @@ def test_the_card_says_what_the_manifests_say(chain, tmp_path):
     text, head = (tmp_path / "out" / "README.md").read_text(), head_of(tmp_path / "out")
     assert head["license"] == "apache-2.0"  # of the only source's card
     assert manifest.fingerprint in text and manifest.digest in text
-    assert "`captions.tsv`" in text and "**Toys.**" in text
+    assert "`captions.tsv`" in text and "| licence | apache-2.0 |" in text
+    assert (
+        text.index("# A toy (toys)") < text.index("## Use") < text.index("## Data")
+    )  # the model's own card, completed
     results = {r["dataset"]["name"]: r["metrics"] for r in head["model-index"][0]["results"]}
     assert results["evaluate@table_1"] == [{"type": "fid_self", "value": 10.5}]
     assert "evaluate@novel_views" not in results  # it looks at another model

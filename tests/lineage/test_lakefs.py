@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from lakefs_server import KEYS, Repository, serve
+from lakefs_server import KEYS, Linked, Repository, serve
 from launching import Here, materialize
 
 from m2m import artifacts
@@ -12,8 +12,10 @@ from m2m.config import Profile
 from m2m.progress import Progress
 from m2m.stage_run import run_stage
 from m2m.stages import STAGES
+from orchestration.lineage.__main__ import main as asked
 from orchestration.lineage.lakefs import LakeFS
 from orchestration.lineage.recording import Recording, RecordingError, RecordingLauncher
+from orchestration.lineage.store_record import StoreRecorder
 
 ROOT = Path(__file__).parents[2]
 
@@ -91,6 +93,54 @@ def test_a_data_set_is_read_as_it_was_at_a_tag(chain, lake, tmp_path):
     assert lake.fetch(stage, "tiny", "main", tmp_path / "new").config["value"] == 9
     with pytest.raises(RecordingError, match="tag already exists"):
         lake.tag("v1")
+
+
+def test_what_a_store_holds_is_linked_and_read_at_a_commit_from_there(chain, server, there, tmp_path):
+    made, store = recording(chain, "generate-sets"), f"file://{tmp_path / 'store'}"
+    lake = LakeFS(server[0], "m2m", *KEYS, linked=store)
+    address = StoreRecorder(store, ["generate-sets"]).record(made)
+    reference = lake.record(made)
+    tree = there.commits[reference].tree
+    linked = {name: found.decode() for name, found in tree.items() if isinstance(found, Linked)}
+    assert linked == {f"tiny/generate-sets/{of.path}": f"{address}/{of.path}" for of in made.manifest.files}
+    assert there.uploads == 1  # the manifest
+    assert lake.fetch(STAGES["generate-sets"], "tiny", reference, tmp_path / "read") == made.manifest
+    lake.record(recording(chain, "filter-captions"))  # of which the store has nothing
+    assert there.uploads == 1 + len(recording(chain, "filter-captions").manifest.files) + 1
+
+
+def test_tars_that_lie_elsewhere_are_linked_from_there(chain, server, there, tmp_path):
+    made = recording(chain, "generate-sets")
+    folder = STAGES["generate-sets"].folder(chain)
+    (tmp_path / "away").mkdir()
+    (folder / "made.txt").rename(tmp_path / "away" / "made.txt")
+    artifacts.write_json(folder / artifacts.ELSEWHERE, {"url": f"file://{tmp_path / 'away'}", "ending": ".txt"})
+    reference = LakeFS(server[0], "m2m", *KEYS).record(made)
+    found = there.commits[reference].tree["tiny/generate-sets/made.txt"]
+    assert isinstance(found, Linked) and found.decode() == f"file://{tmp_path / 'away' / 'made.txt'}"
+
+
+def test_a_store_that_can_not_be_asked_fails_the_record_in_one_line(chain, server):
+    with pytest.raises(RecordingError, match=r"recording generate-sets on branch run-1: nosuch://"):
+        LakeFS(server[0], "m2m", *KEYS, linked="nosuch://m2m").record(recording(chain, "generate-sets"))
+
+
+def test_a_release_is_named_and_read_back_by_command(chain, server, monkeypatch, capsys, tmp_path):
+    first = recording(chain, "generate-sets")
+    LakeFS(server[0], "m2m", *KEYS).record(first)
+    assert asked(["tag", "v1"]) == 2
+    assert "M2M_LAKEFS is not set" in capsys.readouterr().err
+    named = ("", "_REPOSITORY", "_KEY_ID", "_SECRET")
+    for name, value in zip(named, (server[0], "m2m", *KEYS), strict=True):
+        monkeypatch.setenv(f"M2M_LAKEFS{name}", value)
+    assert asked(["tag", "v1"]) == 0
+    assert asked(["fetch", "generate-sets", "v1", "--out", str(tmp_path / "old")]) == 0
+    assert artifacts.require_whole(tmp_path / "old", "") == first.manifest
+    assert asked(["fetch", "generate-sets", "v2", "--out", str(tmp_path / "new")]) == 2
+    assert "there is no tiny/generate-sets/ at v2" in capsys.readouterr().err
+    monkeypatch.setenv("M2M_LAKEFS_LINK", "on")
+    assert asked(["tag", "v2"]) == 2
+    assert "M2M_STORE" in capsys.readouterr().err
 
 
 def test_a_conflict_keeps_the_branch_and_a_new_run_goes_through(chain, lake, there):

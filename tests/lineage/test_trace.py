@@ -12,8 +12,10 @@ from m2m import artifacts
 from m2m.asset_metadata import origin
 from m2m.cli import main
 from m2m.config import load_profile
+from m2m.export import export
 from m2m.progress import Progress
 from m2m.provenance import find_output, trace, verify
+from m2m.released import read_release
 from m2m.stage_run import run_stage
 from m2m.stages import STAGES
 from m2m.trace import differences, tree
@@ -38,7 +40,7 @@ def test_the_tree_names_code_settings_and_machine(chain):
     lines = "\n".join(tree(trace(chain, "report")))
     assert "source = captions.tsv (sha256 " in lines
     assert "m2m_dino = pretrain@dino (above)" in lines  # told once, read by many
-    assert "torch " in lines and "cpus " in lines and "seed 0" in lines
+    assert "torch " in lines and "cpus " in lines and "seed 0" in lines and "value 8" in lines
 
 
 @pytest.mark.parametrize("what", ["report", "report/made.txt", "evaluate/table_1", "finetune/nvs/unet/config.json"])
@@ -125,6 +127,46 @@ def test_differences_name_the_setting_that_was_changed_and_what_came_of_it(chain
     assert any(line.startswith("  data source: captions.tsv ") for line in lines)
     assert any(line.startswith("  data captions: ") for line in lines)
     assert not any("seed" in line or "package" in line for line in lines)
+
+
+def test_a_hub_model_is_told_by_its_revision_also_where_nothing_is_remembered(chain):
+    """As in a fresh clone; one without a revision is a gap: the hub may give another one another day."""
+    for said, gaps in [("owner/name@4e63", []), ("owner/name", ["hub: owner/name has no revision"])]:
+        make(chain, "pretrain@self", f"hub={said}")
+        shutil.rmtree(chain.outputs / ".identities")
+        made = trace(chain, "pretrain@self")
+        assert [of.path for of in made.sources if of.setting == "hub"] == [said]
+        assert len(made.gaps) == len(gaps) and all(map(str.startswith, made.gaps, gaps))
+
+
+def test_files_that_lie_elsewhere_are_verified_there(chain, capsys):
+    folder, away = chain.outputs / "generate-sets", chain.root / "away"
+    away.mkdir()
+    shutil.move(folder / "made.txt", away)
+    artifacts.write_json(folder / artifacts.ELSEWHERE, {"url": f"file://{away}", "ending": ".txt"})
+    assert verify(trace(chain, "generate-sets"), chain) == []
+    (away / "made.txt").write_bytes(b"?" + (away / "made.txt").read_bytes()[1:])
+    (found,) = verify(trace(chain, "generate-sets"), chain)
+    assert found == f"generate-sets: file://{away}/made.txt has other content than when it was made"
+
+
+def test_a_released_model_is_traced_by_itself(chain, tmp_path, capsys):
+    export(str(chain.outputs / "pretrain" / "dino"), tmp_path / "released")
+    known = differences(trace(chain, "pretrain@dino"), read_release(tmp_path / "released"))
+    shutil.rmtree(chain.root)
+    assert known == []
+    assert main(["trace", str(tmp_path / "released" / "unet" / "config.json"), "--verify"]) == 0
+    said = capsys.readouterr().out
+    assert "captions = filter-captions: elsewhere" in said and "source = captions.tsv (sha256 " in said
+    assert "4 outputs, 2 sources, 0 gaps\n" in said
+    (tmp_path / "released" / "unet" / "config.json").write_text("{}")
+    (tmp_path / "released" / "model_index.json").unlink()
+    assert main(["trace", str(tmp_path / "released"), "--verify"]) == 1
+    assert "unet/config.json has other content than when it was released" in (told := capsys.readouterr().out)
+    assert "model_index.json is missing" in told
+    (tmp_path / "released" / "provenance.json").write_text("[]")
+    assert main(["trace", str(tmp_path / "released")]) == 2
+    assert "provenance.json: can't be read" in capsys.readouterr().err
 
 
 def test_two_models_can_be_compared(chain):

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 from m2m import artifacts  # noqa: E402
-from m2m.config import Profile, SourcePath, StageConfig  # noqa: E402
+from m2m.config import ModelSource, Profile, SourcePath, StageConfig  # noqa: E402
+from m2m.evaluation.curves import CURVES, write_curves  # noqa: E402
 from m2m.stage_run import StageRun  # noqa: E402
 from m2m.stages import STAGES, Stage  # noqa: E402
 
@@ -35,6 +36,7 @@ class Toy(StageConfig):
     """What a toy stage reads."""
 
     source: SourcePath | None = None
+    hub: ModelSource | None = None
     value: int = 1
     seed: int = 0
 
@@ -47,16 +49,42 @@ def toy(config: Toy, run: StageRun) -> None:
     if run.stage.group == "models":
         _write_model(run.out, config.value)
     if run.stage.command == "evaluate":
-        found = {"M2M-Self": {"fid": 1.5 * config.value}, "M2M-DINO": {"fid": 2.0 * config.value}}
-        artifacts.write_json(run.out / "metrics.json", {"scores": found})
         run.figure(fid_self=1.5 * config.value, fid_dino=2.0 * config.value)
+    if run.stage.command == "report":
+        curve = {"preceding views": [1.0, 2.0], "M2M-DINO": [0.5, 0.1 * config.value]}
+        write_curves(
+            run.out / CURVES,
+            "evaluate-novel_views",
+            "Novel views",
+            {"DINO likeness by number of preceding views": curve},
+        )
     run.count(made=1)
     for check in run.stage.checks:
         run.check(check, True, "")
 
 
+CARD = """\
+---
+library_name: diffusers
+license: other
+license_name: as-of-the-model-it-was-initialised-from
+m2m:
+  label: toys
+  licence: other
+---
+
+# A toy (toys)
+
+| | |
+|---|---|
+| licence | that of the model it was initialised from |
+
+## Use
+"""
+
+
 def _write_model(folder: Path, value: int) -> None:
-    """A folder of a pipeline's layout whose one tensor holds `value`."""
+    """A folder of a pipeline's layout whose one tensor holds `value`; the card is as a pipeline's is saved."""
     import numpy as np
     from safetensors.numpy import save
 
@@ -64,6 +92,7 @@ def _write_model(folder: Path, value: int) -> None:
     index = {"_class_name": "ManyToManyPipeline", "unet": ["m2m.models.unet", "ManyToManyUNet"]}
     artifacts.write_json(folder / "model_index.json", index)
     artifacts.write_json(folder / "unet" / "config.json", {"_class_name": "ManyToManyUNet"})
+    artifacts.write_bytes(folder / "README.md", CARD.encode())
     weights = save({"weight": np.full(4, value, np.float32)})
     artifacts.write_bytes(folder / "unet" / "diffusion_pytorch_model.safetensors", weights)
     artifacts.write_bytes(folder / "training_log.jsonl", json.dumps({"step": 1, "loss": 1.0}).encode() + b"\n")

@@ -9,17 +9,12 @@ import pytest
 from m2m.config import load_profile
 
 sys.path.insert(0, str(Path(__file__).parent))
-from toy_ground import ROOT, Ground
+from toy_ground import Ground
 
 
 @pytest.fixture
 def ground(tmp_path) -> Ground:
-    """Three shards, and Dagster as `make` sets it up."""
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "toy.yaml").write_text("generate-sets: {shards: 3}\ncache-features: {shards: 3}\n")
-    (tmp_path / "dagster").mkdir()
-    (tmp_path / "dagster" / "dagster.yaml").write_text((ROOT / "orchestration" / "dagster.yaml").read_text())
-    return Ground(tmp_path)
+    return Ground.laid(tmp_path)
 
 
 @pytest.fixture

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from toy_ground import Ground
 
 from m2m.stages import STAGES
+from orchestration.definitions import defs
 from orchestration.sensors import fail_lost_runs
 
 
@@ -48,8 +50,16 @@ def is_running(pid: int) -> bool:
     return False
 
 
-def test_the_whole_pipeline_is_one_run_with_an_event_a_shard(ground):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Ground:
+    """Where the whole pipeline has run once."""
+    ground = Ground.laid(tmp_path_factory.mktemp("finished"))
     assert execute(ground, "m2m_pipeline").wait() == 0
+    return ground
+
+
+def test_the_whole_pipeline_is_one_run_with_an_event_a_shard(finished):
+    ground = finished
     assert len(manifests(ground)) == len(STAGES)
     with dg.DagsterInstance.from_config(str(ground.folder / "dagster")) as instance:
         (run,) = instance.get_runs()
@@ -64,6 +74,24 @@ def test_the_whole_pipeline_is_one_run_with_an_event_a_shard(ground):
         logs = list((ground.folder / "dagster" / "storage" / run.run_id / "compute_logs").iterdir())
         assert any("report on stdout" in log.read_text() for log in logs if log.suffix == ".out")
         assert any("report on stderr" in log.read_text() for log in logs if log.suffix == ".err")
+
+
+def stale(ground) -> set[str]:
+    argv = [sys.executable, str(Path(__file__).with_name("stale_assets.py"))]
+    return set(subprocess.run(argv, env=ground.environment, capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_a_changed_setting_is_seen_before_anything_is_run(finished):
+    """The same as DVC would run then: `test_repro_after_recording_runs_only_what_a_changed_param_reaches`."""
+    assert stale(finished) == set()
+    profile = finished.folder / "configs" / "toy.yaml"
+    same = profile.read_text().replace("{shards: 3}", "{shards: 3, resources: {cpus: 2}}")
+    profile.write_text(f"{same}finetune: {{value: 66}}\n")
+    found = stale(finished)
+    assert found == {"m2m_nvs", "m2m_vgsi"}  # as `dvc status` says: where the change is, not what comes after
+    reached = dg.AssetSelection.assets(*found).downstream().resolve(defs.resolve_asset_graph())
+    after = {"novel_views", "procedures", "evaluation_report"}
+    assert {key.to_user_string() for key in reached} == {"m2m_nvs", "m2m_vgsi", *after}
 
 
 def start_and_strike(ground, how: signal.Signals) -> int:

@@ -16,6 +16,15 @@ class Ground:
 
     folder: Path
 
+    @classmethod
+    def laid(cls, folder: Path) -> "Ground":
+        """Three shards, and Dagster as `make` sets it up."""
+        (folder / "configs").mkdir()
+        (folder / "configs" / "toy.yaml").write_text("generate-sets: {shards: 3}\ncache-features: {shards: 3}\n")
+        (folder / "dagster").mkdir()
+        (folder / "dagster" / "dagster.yaml").write_text((ROOT / "orchestration" / "dagster.yaml").read_text())
+        return cls(folder)
+
     @property
     def outputs(self) -> Path:
         return self.folder / "outputs" / "toy"

