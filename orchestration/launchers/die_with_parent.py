@@ -22,7 +22,10 @@ def main() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # survives exec
     if os.getppid() != parent:  # it died before it could be asked
         sys.exit("the process that started this command is gone")
-    os.execvp(command[0], command)
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        sys.exit(f"error: {os.uname().nodename} can't start {command[0]}: {error.strerror}")
 
 
 if __name__ == "__main__":

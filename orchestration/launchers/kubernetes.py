@@ -389,7 +389,7 @@ def _namespace_of(kubeconfig: str | None, context: str | None) -> str:
         return own
     with contextlib.suppress(kubernetes.config.ConfigException):  # in a pod there is none
         contexts, active = kubernetes.config.list_kube_config_contexts(kubeconfig)
-        chosen = next((one for one in contexts if one["name"] == context), active)
+        chosen: Any = next((one for one in contexts if dict(one)["name"] == context), active)
         return chosen["context"].get("namespace") or "default"
     return "default"
 

@@ -1,6 +1,7 @@
 """What a Ray job runs: `python -m orchestration.launchers.ray_driver LAUNCH.json`.
 
-Belongs here: asking Ray for what a stage needs and starting its commands there. Not here: submitting the job (`ray`).
+Belongs here: asking Ray for what a stage needs and starting its commands there. Not here: submitting the job (`ray`),
+what its end means (`ray_outcome`), imports that take long: nothing of a stage begins before them.
 A part of a range of shards is a task, which Ray starts again on another node when its own is lost. A training on
 several nodes has a task on each, started together. A process ends with the task that started it, however that ends.
 """
@@ -12,71 +13,95 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dagster_pipes import DAGSTER_PIPES_MESSAGES_ENV_VAR, encode_param
-
-from m2m.arguments import EXIT_CALL_AGAIN
+from m2m.training.stopping import STOPPED
 from orchestration.launchers import die_with_parent
-from orchestration.launchers.messages import message_parameters
+
+STARTED = "the nodes' environment is there"
+"""A line of the job's log: what comes before it is said by a shell that could not start this."""
 
 _RESTARTS = 20
-_LEAVE = 2.5  # seconds of the three between Ray's SIGTERM and its SIGKILL
+_PEERS = 60.0  # seconds: what one node of a training is told at once by its lost peers, Ray notices later
+_LINES = 40
 
 
 def main() -> int:
     told = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    import ray
+    print(STARTED, flush=True)
+    try:
+        import ray
 
-    ray.init(log_to_driver=False)
+        ray.init(log_to_driver=False)
+    except Exception as error:  # no ray in this environment, another version of it than the cluster's
+        return _failed(f"{type(error).__name__}: {' '.join(str(error).split())}")
     if not told["autoscaling"] and (lacking := _lacking(ray.nodes(), told)):
-        print(f"error: {lacking}", file=sys.stderr)
-        return 1
+        return _failed(lacking)
     running = _together(ray, told) if told["shared"] else _one_by_one(ray, told)
+    leave = max(told["grace_seconds"] - 0.5, 0.5)  # Ray's SIGKILL comes at the end of it
 
     def end(*_: object) -> None:
-        for task in running:
-            ray.cancel(task)  # as Ctrl-C in the task, which ends its process
-        ray.wait(running, num_returns=len(running), timeout=_LEAVE)
-        os._exit(EXIT_CALL_AGAIN)
+        _cancel(ray, running, leave)
+        os._exit(STOPPED)
 
     signal.signal(signal.SIGTERM, end)
-    waiting, code = list(running), 0
-    while waiting and code in (0, EXIT_CALL_AGAIN):
-        done, waiting = ray.wait(waiting)
-        try:
-            ended = ray.get(done[0])
-        except ray.exceptions.RayError as error:  # its node is lost, more often than Ray starts it again
-            print(f"error: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
-            ended = EXIT_CALL_AGAIN
-        code = ended or code
-    for task in waiting:
-        ray.cancel(task)
-    if waiting:
-        ray.wait(waiting, num_returns=len(waiting), timeout=_LEAVE)
-    return code
+    waiting, codes = list(running), []
+    while waiting and (told["shared"] or all(code in (0, STOPPED) for code in codes)):
+        done, waiting = ray.wait(waiting, timeout=_PEERS if told["shared"] and any(codes) else None)
+        if not done:
+            break
+        codes.append(_code(ray, done[0], Path(told["folder"]), running.index(done[0]), told["stage"]))
+    _cancel(ray, waiting, leave)
+    if told["shared"] and STOPPED in codes:  # of the others' errors it is the cause
+        return STOPPED
+    return next((code for code in codes if code not in (0, STOPPED)), max(codes))
 
 
-def work(command: list[str], environment: dict[str, str], out: str, err: str) -> int:
+def work(command: list[str], environment: dict[str, str], checkout: str, out: str, err: str) -> int:
     """One command on the node where the task is; its exit code."""
     tied = [sys.executable, "-I", "-S", die_with_parent.__file__, str(os.getpid()), *command]
     with open(out, "ab") as stdout, open(err, "ab") as stderr:
-        process = subprocess.Popen(tied, env=os.environ | environment, stdout=stdout, stderr=stderr)
+        process = subprocess.Popen(tied, env=os.environ | environment, cwd=checkout, stdout=stdout, stderr=stderr)
         try:
-            return process.wait()
-        except KeyboardInterrupt:  # cancelled
+            while process.poll() is None:
+                time.sleep(0.1)  # Ray's cancel interrupts Python between two steps, and no wait() of the system's
+        except KeyboardInterrupt:
             process.terminate()
-            return process.wait()
+        return process.wait()
+
+
+def _code(ray: Any, task: Any, folder: Path, index: int, stage: str) -> int:
+    """How a task ended, as an exit code; an error and the last lines of a command that failed go to the job's log."""
+    try:
+        code = ray.get(task)
+    except ray.exceptions.OutOfMemoryError as error:
+        node = _short(error).partition(" was running")[0]
+        return _failed(f"a node ran out of memory and Ray ended the task ({node}): raise {stage}.resources.memory_gb")
+    except (ray.exceptions.RayTaskError, ray.exceptions.RuntimeEnvSetupError) as error:
+        return _failed(_short(error))
+    except ray.exceptions.RayError as error:  # its node is lost, more often than Ray starts it again
+        print(f"{type(error).__name__}: {_short(error)}", file=sys.stderr)
+        return STOPPED
+    err = folder / f"{index}.err"
+    if code not in (0, STOPPED) and err.exists():
+        print("\n".join(err.read_text(errors="replace").splitlines()[-_LINES:]), file=sys.stderr, flush=True)
+    return code if code >= 0 else 128 - code  # as a shell tells of a signal
+
+
+def _cancel(ray: Any, tasks: Sequence[Any], seconds: float) -> None:
+    """End tasks, and with them their commands, which have some time to save what they have."""
+    for task in tasks:
+        ray.cancel(task)  # as Ctrl-C in the task
+    if tasks:
+        ray.wait(list(tasks), num_returns=len(tasks), timeout=seconds)
 
 
 def _one_by_one(ray: Any, told: dict[str, Any]) -> list[Any]:
     task = ray.remote(work).options(max_retries=_RESTARTS, **told["needs"])
-    folder = Path(told["folder"])
-    return [
-        task.remote(command, _heard_in(folder, index), str(folder / f"{index}.out"), str(folder / f"{index}.err"))
-        for index, command in enumerate(told["commands"])
-    ]
+    return [task.remote(command, *_where(told, index, index)) for index, command in enumerate(told["commands"])]
 
 
 def _together(ray: Any, told: dict[str, Any]) -> list[Any]:
@@ -90,19 +115,23 @@ def _together(ray: Any, told: dict[str, Any]) -> list[Any]:
     ray.get(group.ready())
     places = [PlacementGroupSchedulingStrategy(group, index) for index in range(told["nodes"])]
     leader = ray.get(ray.remote(_address).options(num_cpus=0, scheduling_strategy=places[0]).remote())
-    folder, (command,) = Path(told["folder"]), told["commands"]
+    (command,) = told["commands"]
     ranks = [sys.executable, "-m", "m2m.ranks", "--nodes", str(told["nodes"]), "--leader", leader]
     return [
         ray.remote(work)
         .options(max_retries=0, scheduling_strategy=place, **needs)
         .remote(
             [*ranks, "--processes", str(told["processes"]), "--node", str(node), "--", *command],
-            _heard_in(folder, 0),
-            str(folder / f"{node}.out"),
-            str(folder / f"{node}.err"),
+            *_where(told, 0, node),
         )
         for node, place in enumerate(places)
     ]
+
+
+def _where(told: dict[str, Any], command: int, task: int) -> tuple[dict[str, str], str, str, str]:
+    """What a task's command is told, the folder where it starts, and the files that it prints into."""
+    printed = Path(told["folder"]) / str(task)
+    return told["heard"][command], os.getcwd(), f"{printed}.out", f"{printed}.err"
 
 
 def _address() -> str:
@@ -113,10 +142,6 @@ def _address() -> str:
         return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
 
 
-def _heard_in(folder: Path, index: int) -> dict[str, str]:
-    return {DAGSTER_PIPES_MESSAGES_ENV_VAR: encode_param(message_parameters(folder / f"{index}.messages"))}
-
-
 def _lacking(nodes: list[dict[str, Any]], told: dict[str, Any]) -> str | None:
     """Why no nodes of this cluster will ever do."""
     needs = told["needs"]
@@ -125,14 +150,28 @@ def _lacking(nodes: list[dict[str, Any]], told: dict[str, Any]) -> str | None:
     fit = [node for node in alive if all(node.get(name, 0) >= amount for name, amount in wanted.items())]
     if len(fit) >= told["nodes"]:
         return None
-    there = [f"{n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs, {n.get('memory', 0) / 2**30:.0f} GB" for n in alive]
-    asked = (
-        f"{told['nodes']} node(s) of {wanted['CPU']:g} CPUs, {wanted['GPU']:g} GPUs, {wanted['memory'] / 2**30:.0f} GB"
-    )
+    there = [_shown(node, needs["resources"]) for node in alive]
     return (
-        f"the stage asks for {asked}; the Ray cluster has {'; '.join(there)}. Set the stage's resources in the "
-        "profile, or the launcher's autoscaling where nodes are still to come"
+        f"the stage asks for {told['nodes']} node(s) of {_shown(wanted, needs['resources'])}; the Ray cluster has "
+        f"{'; '.join(there)}. Set {told['stage']}.resources in the profile, the launcher's gpu_types, or its "
+        "autoscaling where nodes are still to come"
     )
+
+
+def _shown(node: dict[str, float], more: dict[str, float]) -> str:
+    size = f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs, {node.get('memory', 0) / 2**30:.0f} GB"
+    return ", ".join([size, *(f"{node.get(name, 0):g} {name}" for name in more)])
+
+
+def _failed(why: str) -> int:
+    print(f"error: {why}", file=sys.stderr, flush=True)
+    return 1
+
+
+def _short(error: Exception) -> str:
+    """The last line: before it stand the frames of the cluster's processes."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 if __name__ == "__main__":

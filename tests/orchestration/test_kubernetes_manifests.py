@@ -1,5 +1,5 @@
 """What a launch is to Kubernetes, held against the official schemas."""
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportCallIssue=false
 
 import dataclasses
 

@@ -1,103 +1,45 @@
 """Stages as jobs of a real Ray cluster on loopback (`services/ray/up.sh`)."""
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
 
-import dataclasses
-import importlib.util
-import os
 import sys
-import threading
-import time
-import urllib.request
 from pathlib import Path
-from typing import Any
 
-import dagster as dg
 import pytest
-from test_jobs_end_to_end import wait_for
+from ray_ground import RayPlace, needs_ray, ray_place
 from test_outcome import checks, failure
+from toy_ground import Ground
 
-from m2m.config import load_profile
-from orchestration.definitions import build_defs
-from orchestration.launchers import ray as launching
-from orchestration.launchers.ray import RayLauncher
-
-ADDRESS = os.environ.get("M2M_RAY") or "http://127.0.0.1:8266"  # of the project's own, never RAY_ADDRESS: a user's
-TOY = [sys.executable, str(Path(__file__).with_name("toy_stages.py"))]
-
-
-def _missing() -> str:
-    if not all(importlib.util.find_spec(name) for name in ("ray", "dagster_ray")):
-        return "ray is not installed: pip install 'm2m[ray]' (make test-services does it)"
-    try:
-        urllib.request.urlopen(f"{ADDRESS}/api/jobs/", timeout=10).close()
-    except OSError:
-        return "no Ray answers here: services/ray/up.sh starts one (make test-services does it all)"
-    return ""
-
-
-pytestmark = [pytest.mark.services, pytest.mark.skipif(bool(why := _missing()), reason=why)]
-
-
-@dataclasses.dataclass
-class Place:
-    settings: dict[str, Any]
-    instance: dg.DagsterInstance
-    outputs: Path
-
-    def launcher(self, **more) -> RayLauncher:
-        return RayLauncher(**{**self.settings, **more})
-
-    def run(self, asset: str, act: str = "work", tags: dict[str, str] | None = None, **more):
-        return (
-            build_defs(resource_overrides={"launcher": self.launcher(**more)})
-            .resolve_job_def("m2m_pipeline")
-            .execute_in_process(
-                asset_selection=[dg.AssetKey(asset)],
-                run_config={"ops": {asset: {"config": {"overrides": [f"act={act}"]}}}},
-                tags=tags,
-                raise_on_error=False,
-                instance=self.instance,
-            )
-        )
-
-    def jobs(self) -> list[Any]:
-        """Of this test."""
-        listed = self.launcher()._connected().list_jobs()
-        return [job for job in listed if (job.metadata or {}).get("m2m_folder", "").startswith(str(self.outputs))]
+pytestmark = needs_ray
 
 
 @pytest.fixture
-def place(ground, monkeypatch):
-    monkeypatch.setattr(launching, "PROFILE", load_profile(ground.environment["M2M_PROFILE"]))
-    with dg.instance_for_test() as instance:
-        settings = {"address": ADDRESS, "command": TOY, "poll_seconds": 0.5, "runtime_env": {"env_vars": {}}}
-        place = Place(settings, instance, ground.outputs.resolve())
+def place(ground, tmp_path, monkeypatch):
+    folder = tmp_path / "a folder's name"  # which a shell would take for three words and a quotation
+    folder.mkdir()
+    for name in ("configs", "dagster"):
+        (ground.folder / name).rename(folder / name)
+    with ray_place(Ground(folder), monkeypatch) as place:
         yield place
-        for job in place.jobs():
-            place.launcher()._connected().stop_job(job.submission_id)
 
 
-def with_resources(ground, monkeypatch, **asked) -> None:
-    text = f"generate-sets: {{shards: 3}}\ncache-features: {{shards: 3}}\nfilter-captions: {{resources: {asked}}}\n"
-    (ground.folder / "configs" / "toy.yaml").write_text(text)
-    monkeypatch.setattr(launching, "PROFILE", load_profile(ground.environment["M2M_PROFILE"]))
-
-
-def test_a_stage_is_a_job_and_what_it_says_is_heard(place):
-    result = place.run("filtered_captions")
+def test_a_stage_is_a_job_and_what_it_says_is_heard(place: RayPlace):
+    result = place.run()
     assert result.success and checks(result) == {"counts_add_up": True, "captions_kept": True}
     (made,) = result.asset_materializations_for_node("filtered_captions")
     assert made.metadata["white"].value.startswith("![white](data:image/png;base64,")
     assert "filter-captions on stderr" in (Path(made.metadata["ray_files"].value) / "0.err").read_text()
+    (job,) = place.jobs()
+    assert made.metadata["ray_job"].value == job.submission_id
 
 
-def test_a_range_of_shards_is_one_job_of_a_task_each(place):
-    assert place.run("filtered_captions").success
-    keys = {"dagster/asset_partition_range_start": "00000", "dagster/asset_partition_range_end": "00002"}
-    result = place.run("mis_shards", tags=keys)
-    assert result.success and len(result.asset_materializations_for_node("mis_shards")) == 3
+def test_a_range_of_shards_is_one_job_of_a_task_each(place: RayPlace):
+    place.make_here("filter-captions")
+    result = place.run("mis_shards")
+    assert result.success and all(checks(result).values())
+    assert len(result.asset_materializations_for_node("mis_shards")) == 3
     assert (place.outputs / "generate-sets" / "manifest.json").exists()
-    assert len(place.jobs()) == 2
+    (job,) = place.jobs()
+    assert len(list(Path(job.metadata["m2m_folder"]).glob("*.messages"))) == 3
 
 
 @pytest.mark.parametrize(
@@ -107,90 +49,58 @@ def test_a_range_of_shards_is_one_job_of_a_task_each(place):
         ("be killed", "filter-captions was killed by signal 9"),
     ],
 )
-def test_a_failed_stage_says_why_and_is_not_tried_again(place, act, said):
-    assert said in failure(place.run("filtered_captions", act)).error.message
+def test_a_failed_stage_says_why_and_is_not_tried_again(place: RayPlace, act, said):
+    assert said in failure(place.run(act=act)).error.message
     assert len(place.jobs()) == 1
 
 
-def test_a_stage_that_was_stopped_after_a_checkpoint_goes_on(place):
-    assert place.run("filtered_captions", "stop once").success
-    assert len(place.jobs()) == 2
-
-
-def test_a_cancelled_run_leaves_no_process(place, monkeypatch):
-    asleep, sleep = place.outputs / "asleep", time.sleep
-
-    def interrupted(seconds):
-        if threading.current_thread() is threading.main_thread() and asleep.exists() and not interrupted.done:
-            interrupted.done = True
-            raise dg.DagsterExecutionInterruptedError()
-        sleep(seconds)
-
-    interrupted.done = False
-    monkeypatch.setattr(launching.time, "sleep", interrupted)
-    assert not place.run("filtered_captions", "sleep").success and interrupted.done
-    pid = int(asleep.read_text())
-    wait_for(lambda: not Path(f"/proc/{pid}").exists(), 5)
-    assert all(job.status.is_terminal() for job in place.jobs())
-
-
-def leave_behind(place, monkeypatch, act: str) -> None:
-    """A run whose process goes, and can do nothing more about its job."""
-    from dagster_ray import PipesRayJobClient
-
-    start = PipesRayJobClient._start
-
-    def die(self, *given):
-        start(self, *given)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as dying:  # before the client looks after the job
-        dying.setattr(PipesRayJobClient, "_start", die)
-        place.run("filtered_captions", act)
-    wait_for(lambda: (place.outputs / "asleep").exists())
-
-
-def test_a_job_that_a_lost_run_left_is_taken_up_and_not_launched_twice(place, monkeypatch):
-    leave_behind(place, monkeypatch, "wait")
-
-    def wake_when_followed():
-        def followed():
-            going = [run for run in place.instance.get_runs() if not run.is_finished]
-            return any(tag.startswith(launching.JOB_TAG) for run in going for tag in run.tags)
-
-        wait_for(followed)
-        (place.outputs / "wake").touch()
-
-    waking = threading.Thread(target=wake_when_followed)
-    waking.start()
-    assert place.run("filtered_captions", "wait").success
-    waking.join()
-    assert len(place.jobs()) == 1
-
-
-def test_an_orphan_is_ended(place, monkeypatch):
-    leave_behind(place, monkeypatch, "sleep")
-    assert len(place.launcher(orphan_seconds=-1.0).end_orphans(place.instance)) == 1
-    pid = int((place.outputs / "asleep").read_text())
-    wait_for(lambda: not Path(f"/proc/{pid}").exists(), 10)
-
-
-def test_a_training_of_several_processes_is_one_job(place, ground, monkeypatch):
-    """The toy does not train together: what is seen is that each process is told its place."""
-    with_resources(ground, monkeypatch, gpus=2, cpus=2, memory_gb=1)
-    show = "import os, sys; print('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], file=sys.stderr)"
-    place.run("filtered_captions", command=[sys.executable, "-c", show])
+def test_a_training_of_several_processes_is_one_job_and_each_is_told_its_place(place: RayPlace):
+    """The toy does not train together; the real stage does in `test_ray_real_stages`."""
+    place.ask_for(nodes=2, gpus=2, cpus=2, memory_gb=1)
+    show = (
+        "import os, sys; e = os.environ; "
+        "print('rank', e['RANK'], 'of', e['WORLD_SIZE'], 'GPUs', e['CUDA_VISIBLE_DEVICES'], file=sys.stderr)"
+    )
+    place.run(command=[sys.executable, "-c", show])
     (job,) = place.jobs()
-    said = (Path(job.metadata["m2m_folder"]) / "0.err").read_text()
-    assert sorted(said.splitlines()) == ["rank 0 of 2", "rank 1 of 2"]
+    files = [Path(job.metadata["m2m_folder"]) / f"{node}.err" for node in range(2)]
+    said = [sorted(file.read_text().splitlines()) for file in files]
+    assert [[line.partition(" GPUs")[0] for line in lines] for lines in said] == [
+        ["rank 0 of 4", "rank 1 of 4"],
+        ["rank 2 of 4", "rank 3 of 4"],
+    ]
+    assert all(line.rpartition(" ")[2].count(",") == 1 for lines in said for line in lines)
 
 
-def test_more_gpus_than_there_are_is_said_at_launch(place, ground, monkeypatch):
-    with_resources(ground, monkeypatch, gpus=64, memory_gb=1)
-    message = failure(place.run("filtered_captions")).error.message
-    assert "asks for 1 node(s) of 1 CPUs, 64 GPUs" in message and "Set the stage's resources" in message
+@pytest.mark.parametrize(
+    ("settings", "asked", "said", "way_out"),
+    [
+        ({}, {"gpus": 64}, "asks for 1 node(s) of 1 CPUs, 64 GPUs, 1 GB", "Set filter-captions.resources"),
+        ({}, {"nodes": 9}, "asks for 9 node(s)", "autoscaling where nodes are still to come"),
+        (
+            {"gpu_types": {"a100": {"accelerator_type:A100": 0.001}}},
+            {"gpu_type": "a100"},
+            "0.001 accelerator_type:A100; the Ray cluster has 8 CPUs, 8 GPUs, 7 GB, 0 accelerator_type:A100",
+            "the launcher's gpu_types",
+        ),
+        ({"python": "/nowhere/python"}, {}, "the head node can't start the job", "set the launcher's python"),
+        ({"command": ["/nowhere/python", "-m", "m2m"]}, {}, "can't start /nowhere/python: No such file", "python"),
+        ({"runtime_env": {"working_dir": "s3://nowhere/x.zip"}}, {}, "", "Set the launcher's runtime_env"),
+        ({"runtime_env": {"nonsense": 1, "pip": 3}}, {}, "Ray refuses the job", "Set the launcher's runtime_env"),
+        ({"address": "http://127.0.0.1:9"}, {}, "Ray does not answer at http://127.0.0.1:9: Failed to", "address"),
+        ({"address": "127.0.0.1:nine"}, {}, "Ray does not answer at 127.0.0.1:nine", "Set the launcher's address"),
+    ],
+)
+def test_what_is_set_wrongly_is_said_at_launch_and_not_tried_again(place: RayPlace, settings, asked, said, way_out):
+    place.ask_for(**{"memory_gb": 1, **asked})
+    result = place.run(**settings)
+    message = failure(result).error.message
+    assert said in message and way_out in message
+    assert not [event for event in result.all_events if event.is_step_up_for_retry]
 
 
-def test_a_cluster_that_does_not_answer_is_said(place):
-    message = failure(place.run("filtered_captions", address="http://127.0.0.1:9")).error.message
-    assert "Ray does not answer at http://127.0.0.1:9" in message and "Set the launcher's address" in message
+def test_the_address_in_the_surroundings_comes_before_the_launchers_own(place: RayPlace):
+    """So Ray has it, and the error must name the one that was asked."""
+    place.monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
+    assert "Ray does not answer at http://127.0.0.1:9" in failure(place.run()).error.message
+    place.monkeypatch.delenv("RAY_ADDRESS")
