@@ -130,7 +130,8 @@ def main() -> int:
             best = max(best, _said(report, f"{of}, {micro} sets", found))
             if found is None:
                 break
-    report.at_least("the highest MFU", best, 0.5, judged=on_gpu)
+    if on_gpu:
+        report.at_least("the highest MFU", best, 0.5)
     return report.close()
 
 
