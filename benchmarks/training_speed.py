@@ -27,6 +27,7 @@ from m2m.training.objective import Objective, SetLoss
 from m2m.training.settings import TrainingSettings
 
 _IMAGES, _SIDE, _STEPS = 5, 64, 6  # images of a set, latents along each side, steps of a trial
+_BOTH: tuple[Variant, ...] = ("self", "dino")
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 _TFLOPS = {"A100": 312, "H100": 989, "H200": 989}  # NVIDIA's data sheets: bfloat16, dense
 _KERNELS: dict[str, dict[str, Any]] = {
@@ -70,8 +71,16 @@ def trial(variant: Variant, machine: Machine, kernels: dict[str, Any], **changes
     dtype = str(machine.dtype).removeprefix("torch.")
     compute = Compute(device=machine.device.type, dtype=dtype, threads=machine.threads)  # type: ignore[arg-type]
     peak = next((peak for name, peak in _TFLOPS.items() if on_gpu and name in torch.cuda.get_device_name()), None)
-    settings = TrainingSettings(
-        images_per_set=_IMAGES, steps=_STEPS, log_every=1, peak_tflops=peak, kernels=kernels, compute=compute, **changes
+    settings = TrainingSettings.model_validate(
+        {
+            "images_per_set": _IMAGES,
+            "steps": _STEPS,
+            "log_every": 1,
+            "peak_tflops": peak,
+            "kernels": kernels,
+            "compute": compute,
+            **changes,
+        }
     )
     full = Machine(machine.device, torch.float32, machine.threads, 0)  # weights are kept in full, whatever computes
     unet: ManyToManyUNet = paper_unet(variant, full) if on_gpu else small_unet(variant, full)
@@ -108,7 +117,7 @@ def main() -> int:
     report, best = Report("training_speed", machine), 0.0
     on_gpu = machine.device.type == "cuda"
     kernels = _KERNELS if on_gpu else dict(itertools.islice(_KERNELS.items(), 3))
-    for variant, checkpointed in itertools.product(("self", "dino"), (True, False)):
+    for variant, checkpointed in itertools.product(_BOTH, (True, False)):
         of = f"{VARIANTS[variant]}, {'checkpointed' if checkpointed else 'not checkpointed'}"
         for name, chosen in kernels.items():
             found = trial(variant, machine, chosen, batch=8, micro_batch=4, gradient_checkpointing=checkpointed)
@@ -121,7 +130,8 @@ def main() -> int:
             best = max(best, _said(report, f"{of}, {micro} sets", found))
             if found is None:
                 break
-    report.at_least("the highest MFU", best, 0.5, judged=on_gpu)
+    if on_gpu:
+        report.at_least("the highest MFU", best, 0.5)
     return report.close()
 
 

@@ -1,6 +1,7 @@
 """What users of diffusers do with any of its models: other attention code, copies, averages, compilers, precisions."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -144,9 +145,9 @@ def test_weights_may_lie_elsewhere_until_a_layer_needs_them(make_unet, make_sets
     given = make_sets(variant, condition)
     expected = passes(make_unet(variant, condition), given)
     here = torch.device("cpu")
-    by_layer = cpu_offload(make_unet(variant, condition), here, offload_buffers=True)
+    by_layer: Any = cpu_offload(make_unet(variant, condition), here, offload_buffers=True)
     assert by_layer.conv_in.weight.is_meta
-    on_disk = disk_offload(make_unet(variant, condition), str(tmp_path), here)
+    on_disk: Any = disk_offload(make_unet(variant, condition), str(tmp_path), here)
     by_group = make_unet(variant, condition)
     by_group.enable_group_offload(here, here, offload_type="leaf_level")
     for unet in (by_layer, on_disk, by_group):
@@ -162,7 +163,7 @@ def test_a_map_of_devices_may_put_parts_anywhere(make_unet, make_sets, tmp_path,
     unet, given = make_unet(variant), make_sets(variant)
     unet.save_pretrained(tmp_path / "model")
     size = sum(tensor.numel() * tensor.element_size() for tensor in unet.state_dict().values())
-    mapped = ManyToManyUNet.from_pretrained(
+    mapped: Any = ManyToManyUNet.from_pretrained(
         tmp_path / "model",
         device_map="auto",
         max_memory={"cpu": int(0.6 * size)},

@@ -1,5 +1,7 @@
 """What users of diffusers do with any of its pipelines: swap parts, share them, trade memory for time."""
 
+from typing import Any
+
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -112,7 +114,7 @@ class Halved(PipelineCallback):
 
 def test_callbacks_may_be_diffusers_own_kind(make_pipeline, pictures):
     pipeline = make_pipeline("self")
-    settings = {"num_inference_steps": 2, "output_type": "latent"}
+    settings: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}
     plain = pipeline(pictures(), generator=torch.Generator().manual_seed(0), **settings)
     for callback, scale in ((Halved(0.5), 0.5), (MultiPipelineCallbacks([Halved(0.5), Halved(0.5)]), 0.25)):
         found = pipeline(

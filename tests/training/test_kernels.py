@@ -1,5 +1,7 @@
 """Kernels: the same training by other means, a resume that fits them, and nothing of it unless it is asked for."""
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -18,7 +20,7 @@ def test_what_is_left_as_it_was_is_no_part_of_a_training_s_identity(tmp_path):
 @pytest.mark.parametrize(("variant", "checkpointed"), [("self", False), ("dino", True)])
 def test_compiled_parts_and_another_layout_give_the_same_gradients(variant, checkpointed):
     latents = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    given = {"features": torch.randn(2, 2, 5, FEATURES)} if variant == "dino" else {}
+    given: dict[str, Any] = {"features": torch.randn(2, 2, 5, FEATURES)} if variant == "dino" else {}
     draws, found = Objective(seed=0, random_context=True).draw([0, 1], 0, latents.shape[1:]), []
     for kernels in (Kernels(), Kernels(compile=True, channels_last=True)):
         unet = toy_unet(variant).train()
@@ -33,7 +35,7 @@ def test_compiled_parts_and_another_layout_give_the_same_gradients(variant, chec
 
 
 def test_another_layout_is_gone_on_with_exactly(tmp_path):
-    changes = {"kernels": {"channels_last": True}, "steps": 5}
+    changes: dict[str, Any] = {"kernels": {"channels_last": True}, "steps": 5}
     whole, _ = toy_training(tmp_path / "whole", **changes)
     with pytest.raises(KeyboardInterrupt):
         toy_training(tmp_path / "killed", ToySets(fatal_reads=17), **changes)
@@ -69,7 +71,7 @@ def test_what_decides_which_images_are_read_stays_with_the_program():
 @pytest.mark.parametrize("kernels", [{}, {"channels_last": True}, {"attention": "flex"}, {"compile": True}])
 def test_on_a_gpu_a_training_is_the_cpu_s_and_goes_on_exactly(tmp_path, kernels):
     compute = {"device": "cuda", "dtype": "float32", "threads": 1}
-    changes = {"kernels": kernels, "steps": 5, "compute": compute}
+    changes: dict[str, Any] = {"kernels": kernels, "steps": 5, "compute": compute}
     _, expected = toy_training(tmp_path / "cpu", steps=5)
     whole, log = toy_training(tmp_path / "whole", **changes)
     assert [line.loss for line in log] == pytest.approx([line.loss for line in expected], rel=1e-2)
