@@ -115,9 +115,7 @@ class SlurmLauncher(dg.ConfigurableResource):
             return []
         try:
             jobs = [(job.id, mark) for job in slurm_jobs.active() if (mark := Mark.read(job.comment))]
-            orphans = [
-                job for job, mark in jobs if is_orphan(instance, JOB_TAG, job, mark.run, self.orphan_seconds)
-            ]
+            orphans = [job for job, mark in jobs if is_orphan(instance, JOB_TAG, job, mark.run, self.orphan_seconds)]
             if orphans:
                 slurm_jobs.cancel(orphans)
         except NoAnswer:
