@@ -4,6 +4,7 @@ Belongs here: staleness, locks, crash safety. Not here: which stages there are (
 (`m2m.run_record`).
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -38,6 +39,8 @@ class StageRun:
     counts: dict[str, int] = field(default_factory=dict)
     summary: dict[str, dict[str, Any]] = field(default_factory=dict)
     incomplete: str = ""
+    until_placed: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    _alone: bool = False
 
     @property
     def records(self) -> Path:
@@ -84,6 +87,15 @@ class StageRun:
     def lock(self, name: str):
         """Hold a lock of this output, for example one shard's, while other workers make the others."""
         return artifacts.locked(_lock_path(self.profile, self.stage, name), self.progress.log)
+
+    def finish_alone(self) -> None:
+        """Of several workers that find all shards whole, one goes on, until the output stands in its place.
+
+        What the others do then fails, for `out` is gone; `run_stage` takes it for done.
+        """
+        if not self._alone:
+            self.until_placed.enter_context(self.lock("finish-output"))
+            self._alone = True
 
 
 @dataclass(frozen=True)
@@ -172,7 +184,7 @@ def _lead(
     final = stage.folder(profile)
     keys = None if shards is None else [shard_key(shard) for shard in shards]
     records(profile, stage).mkdir(parents=True, exist_ok=True)  # for DVC an out of every stage
-    with _maybe_locked(profile, stage, progress):
+    with _maybe_locked(profile, stage, progress), contextlib.ExitStack() as until_placed:
         artifacts.recover(final)
         current = artifacts.read_manifest(final)
         whole = current is not None and not artifacts.faults(final, current)
@@ -192,11 +204,12 @@ def _lead(
         if force:
             shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True, exist_ok=True)
-        run = StageRun(stage, profile, partial, folders, print_, progress, shards)
+        run = StageRun(stage, profile, partial, folders, print_, progress, shards, until_placed=until_placed)
         started = time.time()
         manifest = artifacts.read_manifest(partial)
         if manifest is None or artifacts.faults(partial, manifest):  # whole if a crash came just before the swap
-            (partial / artifacts.MANIFEST).unlink(missing_ok=True)
+            if manifest is not None:  # where there was none, another worker may have written it by now
+                (partial / artifacts.MANIFEST).unlink(missing_ok=True)
             if team.count > 1 and not config.made_together:
                 raise ConfigError(f"{stage.key} is made by one process; {team.count} were started together")
             team.tell(_Work(partial, folders, print_))
@@ -214,13 +227,13 @@ def _lead(
                 record_run(stage, profile, print_, started, None, progress.job)
                 return Outcome(partial, None, True, run.incomplete)
         # workers that made the last shards together come here together: one finishes, the others find it done
-        with artifacts.locked(_lock_path(profile, stage, "finish-output"), progress.log):
-            if not partial.exists():
-                manifest = artifacts.require_whole(final, stage.make_command(profile))
-            else:
-                if manifest is None or not (partial / artifacts.MANIFEST).exists():
-                    manifest = _finish(stage, settings, manifests, run)
-                artifacts.promote(partial, final)
+        run.finish_alone()
+        if not partial.exists():
+            manifest = artifacts.require_whole(final, stage.make_command(profile))
+        else:
+            if manifest is None or not (partial / artifacts.MANIFEST).exists():
+                manifest = _finish(stage, settings, manifests, run)
+            artifacts.promote(partial, final)
         _drop_leftovers(final)
         record_run(stage, profile, print_, started, manifest, progress.job)
     progress.made(manifest, final, shards=keys, fresh=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,38 @@ def test_every_input_is_a_stage_before_it():
     order = list(STAGES)
     for stage in STAGES.values():
         assert all(order.index(key) < order.index(stage.key) for key in stage.inputs.values())
+
+
+def test_what_one_worker_finishes_no_other_touches(tmp_path, stage, monkeypatch):
+    """A task of an array finds all shards whole while another hashes them for the manifest."""
+    workers = dataclasses.replace(stage, partitioned=True, function=f"{__name__}:finishing")
+    monkeypatch.setitem(STAGES, "copy", workers)
+    record_files, hashing = artifacts.record_files, tmp_path / "hashing"
+    other = os.fork()  # now: a child would share the locks that are held
+    if other == 0:
+        while not hashing.exists():
+            time.sleep(0.01)
+        calls.append("the other")
+        outcome = run_stage(workers, profile(tmp_path), progress=quiet)
+        os._exit(outcome.manifest is None)
+
+    def slowly(folder: Path):
+        hashing.touch()
+        time.sleep(1)
+        return record_files(folder)
+
+    monkeypatch.setattr(artifacts, "record_files", slowly)
+    outcome = run_stage(workers, profile(tmp_path), progress=quiet)
+    assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 0
+    assert outcome.manifest and artifacts.faults(outcome.folder, outcome.manifest) == []
+    assert [file.path for file in outcome.manifest.files if file.path.endswith("tmp")] == []
+
+
+def finishing(config: Copy, run: StageRun) -> None:
+    """As stages of shards do, with a file that is there for a while."""
+    copy(config, run)
+    run.finish_alone()
+    passing = run.out / "passing.tmp"
+    passing.write_text("")
+    time.sleep(2 if "the other" in calls else 0)
+    passing.unlink()

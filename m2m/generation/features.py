@@ -141,12 +141,12 @@ def cache_features(config: CacheFeatures, run: StageRun) -> None:
 
     if not make_shards(run, index.shards, planned, fill, retry):
         return
-    with run.lock("finish"):
-        drop_leftovers(run.out)
-        check_shards(run, index.shards, sum(map(len, places.values())), config.max_failed)
-        _write_index(config, run, places, index.shards)
-        if config.storage == "int8":
-            _report_error(config, run, places, encoder)
+    run.finish_alone()
+    drop_leftovers(run.out)
+    check_shards(run, index.shards, sum(map(len, places.values())), config.max_failed)
+    _write_index(config, run, places, index.shards)
+    if config.storage == "int8":
+        _report_error(config, run, places, encoder)
 
 
 class DinoEncoder:

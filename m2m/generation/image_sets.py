@@ -152,10 +152,10 @@ def generate_sets(config: GenerateSets, run: StageRun) -> None:
 
     if not make_shards(run, config.shards, planned, fill, retry):
         return
-    with run.lock("finish"):
-        drop_leftovers(run.out)
-        check_shards(run, config.shards, expected, config.max_failed)
-        _write_index(config, run, planned, maker)
+    run.finish_alone()
+    drop_leftovers(run.out)
+    check_shards(run, config.shards, expected, config.max_failed)
+    _write_index(config, run, planned, maker)
 
 
 class SetFailed(Exception):

@@ -5,7 +5,6 @@ Belongs here: starting a run, reading what came of it. Not here: what must come 
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -128,8 +127,7 @@ def instance(ground: Ground) -> Iterator[dg.DagsterInstance]:
         yield found
 
 
-def toy(ground: Ground, *argv: str, **environment: str) -> None:
+def toy(ground: Ground, *argv: str) -> None:
     """Run a toy stage here, without Dagster or Slurm."""
     command = [sys.executable, str(LAUNCHER.command[1]), *argv, "--config", ground.environment["M2M_PROFILE"]]
-    where = os.environ | ground.environment | environment
-    subprocess.run(command, env=where, check=True, capture_output=True)
+    subprocess.run(command, env=ground.environment, check=True, capture_output=True)

@@ -5,6 +5,7 @@ and the output is the one of an undisturbed run.
 """
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from served import toys
 from slurm_ground import at_its_limit, jobs, kill_daemon, remembered, slurm, start_daemon, take_away, wait_for
 from slurm_runs import instance, job_of, materialize_on_slurm, retries, started, toy, why
 from toy_ground import Ground
@@ -42,8 +44,8 @@ class Work:
     """A stage of a toy pipeline that is held up at its gate."""
 
     ground: Ground
+    undisturbed: Path
     asset: str
-    before: tuple[str, ...]
     job: str
 
     @property
@@ -74,18 +76,10 @@ class Work:
     def open_gate(self, how: str = "") -> None:
         write_bytes(self.ground.outputs / "gate", how.encode())
 
-    def made(self, outputs: Path) -> dict[str, bytes]:
-        folder = outputs / "toy" / self.stage.command / (self.stage.variant or "")
-        return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
     def assert_unharmed(self, *, launches: int) -> None:
         """The output is an undisturbed run's; nothing that was kept was made twice, nothing by two at a time."""
-        unbroken = self.ground.folder / "unbroken"
-        for stage in self.before:
-            toy(self.ground, stage, M2M_OUTPUTS=str(unbroken))
-        (unbroken / "toy" / "gate").touch()
-        toy(self.ground, *self.stage.argv, "act=steps", M2M_OUTPUTS=str(unbroken))
-        assert self.made(self.ground.outputs.parent) == self.made(unbroken)
+        folder = Path(self.stage.command, self.stage.variant or "")
+        assert _files(self.ground.outputs / folder) == _files(self.undisturbed / folder)
         assert len({step.job for step in self.gated}) == launches
         lives = [pid for pid, _ in groupby(self.gated, key=lambda step: step.pid)]
         assert len(lives) == len(set(lives)), "two worked at a time"
@@ -94,18 +88,33 @@ class Work:
         assert len(once) == len(set(once)), "what was whole was made again"
 
 
-@pytest.fixture(
-    params=[
-        ("mis_shards", ("filter-captions",), "data_job"),
-        ("m2m_self", ("filter-captions", "generate-sets", "cache-features"), "pretraining_job"),
-    ],
-    ids=["generation", "training"],
-)
-def work(request, ground) -> Iterator[Work]:
-    """What comes before the stage is there; after the test nothing is left that worked on it."""
-    work = Work(ground, *request.param)
-    for stage in work.before:
+KINDS = {
+    "generation": ("mis_shards", "data_job", ("filter-captions",)),
+    "training": ("m2m_self", "pretraining_job", ("filter-captions", "generate-sets", "cache-features")),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def undisturbed(request, tmp_path_factory) -> tuple[str, Path, Path]:
+    """Which kind of work, the outputs of an undisturbed run of it, and those that there were before it."""
+    asset, _, before = KINDS[request.param]
+    ground = toys(tmp_path_factory.mktemp("undisturbed"))
+    for stage in before:
         toy(ground, stage)
+    shutil.copytree(ground.outputs, ground.folder / "before")
+    (ground.outputs / "gate").touch()
+    (stage,) = (stage for stage in STAGES.values() if stage.asset == asset)
+    toy(ground, *stage.argv, "act=steps")
+    return request.param, ground.outputs, ground.folder / "before"
+
+
+@pytest.fixture
+def work(undisturbed, ground) -> Iterator[Work]:
+    """What comes before the stage is there; after the test nothing is left that worked on it."""
+    kind, outputs, before = undisturbed
+    asset, job, _ = KINDS[kind]
+    shutil.copytree(before, ground.outputs)
+    work = Work(ground, outputs, asset, job)
     yield work
     wait_for(lambda: not jobs())
     assert not [step for step in work.steps if _alive(step.pid)]
@@ -216,6 +225,10 @@ def test_a_run_outlives_dagsters_daemon(work):
         (run,) = found.get_runs()
         assert run.status == dg.DagsterRunStatus.SUCCESS
     work.assert_unharmed(launches=1)
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def _alive(pid: int) -> bool:
