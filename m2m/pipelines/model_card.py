@@ -91,7 +91,8 @@ def completed(folder: Path, name: str, licence: str, figures: Sequence[EvalResul
         licence: as in `CardFacts`.
         sections: texts by their headings.
     """
-    card, facts = ModelCard.load(folder / CARD), read_facts(folder)
+    facts = read_facts(folder)
+    card: Any = ModelCard.load(folder / CARD)
     licensed = replace(facts, licence=licence)
     for key, value in {"license_name": None, **_licence_in_header(licence), _FACTS: _said(licensed)}.items():
         card.data[key] = value

@@ -75,7 +75,8 @@ class TrainingSettings(StageConfig):
     seed: int = Field(0, ge=0, description="of all that is drawn, by (seed, epoch, sample)")
     gradient_checkpointing: bool = Field(False, description="compute activations twice instead of keeping them")
     kernels: Annotated[Kernels, Later()] = Field(
-        Kernels(), description="how a step is computed on a GPU: speed and memory; the results change by rounding"
+        Kernels.model_validate({}),
+        description="how a step is computed on a GPU: speed and memory; the results change by rounding",
     )
     checkpoint_every: Annotated[int, Incidental()] = Field(1000, ge=1, description="steps")
     keep_checkpoints: Annotated[int, Incidental()] = Field(2, ge=1)

@@ -143,8 +143,9 @@ class SlurmLauncher(dg.ConfigurableResource):
         jobs = self._patiently(context, lambda: slurm_jobs.active(wanted.name))
         for job in jobs:
             mark = Mark.read(job.comment)
-            same = mark is not None and mark.commands == wanted.mark.commands
-            if same and may_take_up(context.instance, context.run.run_id, JOB_TAG, job.id, mark.run):
+            if mark is None or mark.commands != wanted.mark.commands:
+                continue
+            if may_take_up(context.instance, context.run.run_id, JOB_TAG, job.id, mark.run):
                 return _Found(job.id, mark)
         return None
 

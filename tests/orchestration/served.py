@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Ground
+from toy_ground import ROOT, Ground
 
 CHROMIUM = os.environ.get("M2M_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 

@@ -5,9 +5,9 @@ import time
 
 import dagster as dg
 import pytest
-from conftest import Ground
 from served import Dagster, browser_page, dagster, needs_browser, toys, wait_for, write_profile
 from test_jobs_end_to_end import is_running
+from toy_ground import Ground
 
 pytestmark = [pytest.mark.services, needs_browser]
 

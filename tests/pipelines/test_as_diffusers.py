@@ -104,10 +104,11 @@ def test_offloading_without_an_accelerator_is_refused_and_leaves_the_pipeline_wh
 class Halved(PipelineCallback):
     """After a share of the steps, each step leaves half of the latents."""
 
-    tensor_inputs = ["latents"]
+    tensor_inputs: Any = ["latents"]
 
     def callback_fn(self, pipeline, step_index, timesteps, callback_kwargs):
-        after = self.config.cutoff_step_ratio * pipeline.num_timesteps
+        config: Any = self.config
+        after = config.cutoff_step_ratio * pipeline.num_timesteps
         scale = 0.5 if step_index % pipeline.num_timesteps >= after else 1.0
         return {"latents": callback_kwargs["latents"] * scale}
 

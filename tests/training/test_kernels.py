@@ -22,9 +22,9 @@ def test_compiled_parts_and_another_layout_give_the_same_gradients(variant, chec
     latents = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     given: dict[str, Any] = {"features": torch.randn(2, 2, 5, FEATURES)} if variant == "dino" else {}
     draws, found = Objective(seed=0, random_context=True).draw([0, 1], 0, latents.shape[1:]), []
-    for kernels in (Kernels(), Kernels(compile=True, channels_last=True)):
+    for chosen in ({}, {"compile": True, "channels_last": True}):
         unet = toy_unet(variant).train()
-        kernels.apply(unet, backend="eager")
+        Kernels.model_validate(chosen).apply(unet, backend="eager")
         if checkpointed:
             unet.enable_gradient_checkpointing()
         SetLoss(unet, DDPMScheduler())(latents, draws, **given).mean().backward()
@@ -47,7 +47,7 @@ def test_another_layout_is_gone_on_with_exactly(tmp_path):
 
 def test_the_kernels_of_a_gpu_are_put_back_afterwards():
     for deterministic in (True, False):
-        with Kernels(deterministic=deterministic).chosen(torch.device("cuda")):
+        with Kernels.model_validate({"deterministic": deterministic}).chosen(torch.device("cuda")):
             assert torch.are_deterministic_algorithms_enabled() == deterministic
             assert torch.backends.cudnn.benchmark != deterministic
         assert not torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
