@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from m2m.die_with_parent import tied
 from m2m.training.stopping import SIGNALS, STOPPED
 
 _LOOK = 0.1  # seconds between looks at the processes
@@ -60,7 +61,7 @@ def run_together(command: Sequence[str], count: int, grace: float = 60.0, node: 
     with _passed_on(ranks) as asked:
         for local in range(count):
             own = {"RANK": str(node.number * count + local), "LOCAL_RANK": str(local)}
-            ranks.append(subprocess.Popen([*command], env=os.environ | shared | own))
+            ranks.append(subprocess.Popen(tied(command), env=os.environ | shared | own))
         for number in asked:  # who was started while it came
             for process in ranks:
                 process.send_signal(number)

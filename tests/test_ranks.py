@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +48,30 @@ def test_on_several_machines_ranks_go_on_and_all_look_for_the_first():
     assert subprocess.run([*start, "--processes", "1", "--", *python("raise SystemExit(75)")]).returncode == 75
     lost = subprocess.run([*start, *second, "--", "true"], capture_output=True, text=True)
     assert lost.returncode == 2 and "--leader HOST:PORT" in lost.stderr
+
+
+def test_ranks_die_with_what_started_them(tmp_path):
+    sleeps = (
+        "import os, sys, time; from pathlib import Path; Path(sys.argv[1], str(os.getpid())).touch(); time.sleep(60)"
+    )
+    start = [sys.executable, "-m", "m2m.ranks", "--processes", "2", "--"]
+    starter = subprocess.Popen([*start, sys.executable, "-c", sleeps, str(tmp_path)])
+    while len(pids := [int(path.name) for path in tmp_path.iterdir()]) < 2:
+        assert starter.poll() is None
+        time.sleep(0.05)
+    starter.kill()
+    starter.wait()
+    deadline = time.monotonic() + 30
+    while any(_runs(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from pydantic import Field
 from assets_defs.launching import Launch, Results
 from assets_defs.profile import PROFILE
 from m2m.config import project_root
+from m2m.die_with_parent import tied
 from m2m.stages import Stage
-from orchestration.launchers import die_with_parent
 from orchestration.launchers.messages import MessageFiles
 from orchestration.launchers.outcome import results, stage_arguments
 from orchestration.launchers.process_mark import RUN_TAG, this_process
@@ -73,10 +73,9 @@ class LocalLauncher(dg.ConfigurableResource):
     @contextlib.contextmanager
     def _running(self, command: list[str], env: dict[str, str]) -> Iterator[tuple[subprocess.Popen[str], deque[str]]]:
         """A process that is gone when the block is left; with it the end of its stderr."""
-        tied = [sys.executable, "-I", "-S", str(Path(die_with_parent.__file__)), str(os.getpid()), *command]
         last_lines: deque[str] = deque(maxlen=_LINES_KEPT)
         process = subprocess.Popen(
-            tied,
+            tied(command),
             cwd=project_root(),
             env=env,
             stdin=subprocess.DEVNULL,

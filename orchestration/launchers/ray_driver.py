@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from m2m.die_with_parent import tied
 from m2m.training.stopping import STOPPED
-from orchestration.launchers import die_with_parent
 
 STARTED = "the nodes' environment is there"
 """A line of the job's log: what comes before it is said by a shell that could not start this."""
@@ -62,9 +62,10 @@ def main() -> int:
 
 def work(command: list[str], environment: dict[str, str], checkout: str, out: str, err: str) -> int:
     """One command on the node where the task is; its exit code."""
-    tied = [sys.executable, "-I", "-S", die_with_parent.__file__, str(os.getpid()), *command]
     with open(out, "ab") as stdout, open(err, "ab") as stderr:
-        process = subprocess.Popen(tied, env=os.environ | environment, cwd=checkout, stdout=stdout, stderr=stderr)
+        process = subprocess.Popen(
+            tied(command), env=os.environ | environment, cwd=checkout, stdout=stdout, stderr=stderr
+        )
         try:
             while process.poll() is None:
                 time.sleep(0.1)  # Ray's cancel interrupts Python between two steps, and no wait() of the system's

@@ -1,12 +1,11 @@
 """A command ends when it is asked to, whatever its starter ignores."""
 
-import os
 import signal
 import subprocess
 import sys
 import time
 
-from orchestration.launchers import die_with_parent
+from m2m.die_with_parent import tied
 
 
 def test_a_starter_that_ignores_sigterm_does_not_hand_that_down():
@@ -15,8 +14,9 @@ def test_a_starter_that_ignores_sigterm_does_not_hand_that_down():
         "import os, signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
         "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     )
-    tied = [die_with_parent.__file__, str(os.getpid()), sys.executable, "-c", code]
-    process = subprocess.Popen([sys.executable, "-c", ignoring, *tied], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", ignoring, *tied([sys.executable, "-c", code])[1:]], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout and process.stdout.readline() == "True\n"
     started = time.monotonic()
     process.terminate()

@@ -1,8 +1,8 @@
 """Start a command that ends when its starter does: `python die_with_parent.py PARENT_PID COMMAND...`.
 
 Belongs here: that, on Linux (elsewhere the command just runs), and that it ends when it is asked to. Not here: imports
-beyond the standard library, for this runs before every launch. A `kill -9` of Dagster would otherwise leave its stage
-working on, and the job that is started again would wait for it at the output's lock.
+beyond the standard library, for this runs before every launch. A `kill -9` of Dagster, or of what started the ranks of
+a training, would otherwise leave them working on, and who starts again would wait for them at the lock of the output.
 """
 
 import contextlib
@@ -10,8 +10,14 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Sequence
 
 _PR_SET_PDEATHSIG = 1
+
+
+def tied(command: Sequence[str]) -> list[str]:
+    """The command, so that it ends with this process (with the thread that starts it)."""
+    return [sys.executable, "-I", "-S", __file__, str(os.getpid()), *command]
 
 
 def main() -> None:
