@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -80,15 +81,15 @@ def main() -> int:
             pipeline = as_large_as_sd21(pipeline, machine)
         loading = time.perf_counter() - started
         watched = Watched([pipeline.unet, pipeline.text_encoder, pipeline.vae.decoder, pipeline.vae.post_quant_conv])
-        SetMaker.pipeline = pipeline  # type: ignore[method-assign,assignment]
         out = Path(name) / "out"
         out.mkdir()
         run = StageRun(STAGES["generate-sets"], profile, out, {"captions": captions}, "", QUIET)
-        SetMaker(config, profile.root).latents(0, "warm")
-        watched.spans.clear()
-        started = time.perf_counter()
-        generate_sets(config, run)
-        seconds = time.perf_counter() - started
+        with patch.object(SetMaker, "pipeline", pipeline):  # the stage's own maker takes the one that is watched
+            SetMaker(config, profile.root).latents(0, "warm")
+            watched.spans.clear()
+            started = time.perf_counter()
+            generate_sets(config, run)
+            seconds = time.perf_counter() - started
     outside, most = 1 - watched.seconds() / seconds, 0.03 if args.sd21 else 0.1
     print(
         f"{sets} sets of {config.images_per_set} in {seconds:.1f} s ({loading:.1f} s of loading before them): "
