@@ -65,8 +65,15 @@ def block_mask(images: int, tokens: int, image_tokens: int, device: torch.device
     )
 
 
+def allow_many_shapes() -> None:
+    """Have torch compile more kernels of one function than the 8 at which it gives up.
+
+    A U-Net needs one for each of its levels and widths, with gradients and without.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+
+
 @cache
 def _compiled() -> Any:
-    # a kernel for each size and number of heads, with gradients and without: a U-Net has more than torch's limit of 8
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    allow_many_shapes()
     return torch.compile(flex_attention, dynamic=False)

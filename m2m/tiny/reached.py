@@ -165,4 +165,4 @@ CLAIMS = (
     ),
     Claim("long rollouts: DINO likeness lost at their end, best remedy", "evaluate@rollouts", _lost, most=0.05),
 )
-"""The numbers to reach. Two have no number in the paper: what context adds, and that a wrong pose scores worse."""
+"""The numbers to reach; none is the paper's, whose data and models are others."""

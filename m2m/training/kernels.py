@@ -5,7 +5,7 @@ Belongs here: the choices, and applying them to a U-Net and to torch. Not here: 
 
 import contextlib
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers.models.attention import FeedForward
@@ -14,10 +14,10 @@ from diffusers.models.resnet import ResnetBlock2D
 from pydantic import Field
 
 from m2m.config import Settings
+from m2m.models.flex_attention import allow_many_shapes
 from m2m.models.unet import ManyToManyUNet
 
 _COMPILED = (ResnetBlock2D, Attention, FeedForward)
-_SHAPES = 64  # more than a U-Net's levels, widths and micro-batches together; torch gives up at 8
 
 
 class Kernels(Settings):
@@ -52,7 +52,7 @@ class Kernels(Settings):
         if self.channels_last:
             unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.compile:
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _SHAPES)
+            allow_many_shapes()
             for module in unet.modules():
                 if isinstance(module, _COMPILED):
                     module.compile(backend=backend, dynamic=False)
@@ -63,12 +63,15 @@ class Kernels(Settings):
         if device.type != "cuda":
             yield
             return
+        filling: Any = torch.utils.deterministic  # type: ignore[attr-defined]
         before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+        filled = filling.fill_uninitialized_memory
         torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
         torch.backends.cudnn.benchmark = not self.deterministic
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time, mends nothing
+        filling.fill_uninitialized_memory = False  # costs time, mends nothing
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(before[0])
             torch.backends.cudnn.benchmark = before[1]
+            filling.fill_uninitialized_memory = filled

@@ -26,6 +26,7 @@ from m2m.config import Resources
 from m2m.stages import Stage, resources
 from orchestration.launchers.following import digest, is_orphan, may_take_up
 from orchestration.launchers.kubernetes_manifests import LAUNCH_LABEL, RUN_LABEL, PodSettings, job, service
+from orchestration.launchers.kubernetes_nodes import lacking
 from orchestration.launchers.kubernetes_pods import counted, culprit, end_of, has_started, taken_away, trouble
 from orchestration.launchers.outcome import last_of_each, results, stage_arguments
 from orchestration.launchers.process_mark import RUN_TAG, this_process
@@ -103,7 +104,7 @@ class KubernetesLauncher(dg.ConfigurableResource):
                 with reader.following(context, cluster.core, cluster.namespace) as followed:
                     code, why, last_lines = cluster.follow(context, stage, name, asked, followed)
             except BaseException:
-                cluster.end(context, digest(commands))
+                cluster.end(context, name, digest(commands))
                 raise
         told = {
             "kubernetes_job": dg.MetadataValue.text(f"{cluster.namespace}/{name}"),
@@ -211,8 +212,8 @@ class _Cluster:
             at_once=launcher.tasks_at_once,
         )
         spec = manifest["spec"]["template"]["spec"]
-        if not launcher.autoscaling and (lacking := self._lacking(stage, asked, spec.get("nodeSelector", {}))):
-            raise _failure(lacking)
+        if not launcher.autoscaling and (why := self._lacking(stage, asked, spec.get("nodeSelector", {}))):
+            raise _failure(why)
         with self.clear_refusals():
             made = self.batch.create_namespaced_job(self.namespace, manifest)
             if spec.get("subdomain"):
@@ -268,14 +269,19 @@ class _Cluster:
             time.sleep(wait)
             wait = min(wait * 1.3, self._launcher.poll_seconds)
 
-    def end(self, context: dg.AssetExecutionContext, commands: str) -> None:
-        """Delete what this run launched and wait until its pods are gone."""
-        mine = f"{RUN_LABEL}={context.run.run_id},{LAUNCH_LABEL}={commands}"
+    def end(self, context: dg.AssetExecutionContext, name: str | None, commands: str) -> None:
+        """Delete the job that is followed and wait until its pods are gone.
+
+        Args:
+            name: None where its creation was broken off: what this run launched is looked for.
+        """
+        launched = f"{RUN_LABEL}={context.run.run_id},{LAUNCH_LABEL}={commands}"
+        mine = f"job-name={name}" if name else launched
         deadline = time.monotonic() + self._launcher.grace_seconds + 30
         with contextlib.suppress(Exception):
-            for found in self.jobs(mine):
-                self.delete(found.metadata.name)
-                context.log.info(f"job {found.metadata.name} asked to end")
+            for job_name in [name] if name else [found.metadata.name for found in self.jobs(launched)]:
+                self.delete(job_name)
+                context.log.info(f"job {job_name} asked to end")
             while self.core.list_namespaced_pod(self.namespace, label_selector=mine).items:
                 if time.monotonic() > deadline:
                     break
@@ -316,25 +322,12 @@ class _Cluster:
         return []
 
     def _lacking(self, stage: Stage, asked: Resources, labels: Mapping[str, str]) -> str | None:
-        """Why no nodes that this cluster has will ever do; None also where the account may not look at nodes."""
-        from kubernetes.utils import parse_quantity
-
         try:
             chosen = ",".join(f"{key}={value}" for key, value in labels.items())
             nodes = self.core.list_node(label_selector=chosen).items
-        except Exception:
+        except Exception:  # the account may not look at nodes
             return None
-        wanted = {"cpu": asked.cpus, "memory": asked.memory_gb * 2**30, self._launcher.gpu_resource: asked.gpus}
-        there = [{what: float(parse_quantity(n.status.allocatable.get(what, 0))) for what in wanted} for n in nodes]
-        if any(all(node[what] >= amount for what, amount in wanted.items()) for node in there):
-            return None
-        shown = [_size(*node.values()) for node in there]
-        has = ", ".join(f"{shown.count(size)} x {size}" for size in dict.fromkeys(shown)) or "none"
-        return (
-            f"{stage.key} asks for nodes of {_size(*wanted.values())}; the cluster has {has}"
-            f"{f' with {chosen}' if chosen else ''}. Set {stage.command}.resources in the profile, or the launcher's "
-            "gpu_types, gpu_resource, node_selector, or its autoscaling where nodes are still to come (M2M_LAUNCHER)"
-        )
+        return lacking(stage, asked, nodes, chosen, self._launcher.gpu_resource)
 
     @contextlib.contextmanager
     def clear_refusals(self) -> Iterator[None]:
@@ -374,10 +367,6 @@ def _short(error: Exception) -> str:
     with contextlib.suppress(ValueError, KeyError, TypeError):
         return json.loads(getattr(error, "body", ""))["message"]
     return str(getattr(error, "reason", None) or error)
-
-
-def _size(cpus: float, memory: float, gpus: float) -> str:
-    return f"{cpus:g} CPUs, {gpus:g} GPUs, {memory / 2**30:.0f} GB"
 
 
 def _namespace_of(kubeconfig: str | None, context: str | None) -> str:

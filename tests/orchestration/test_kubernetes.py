@@ -162,23 +162,6 @@ def test_a_cluster_that_is_silent_for_a_while_is_waited_for(place, ground):
     assert result.success and len(place.cluster.kubelets) == 1
 
 
-def test_a_cancelled_run_leaves_no_pod(place, ground, monkeypatch):
-    def interrupted(seconds):
-        mine = threading.current_thread() is threading.main_thread()
-        if mine and (ground.outputs / "asleep").exists() and not interrupted.done:
-            interrupted.done = True
-            raise dg.DagsterExecutionInterruptedError()
-        sleep(seconds)
-
-    interrupted.done, sleep = False, time.sleep
-    monkeypatch.setattr(launching.time, "sleep", interrupted)
-    started = time.monotonic()
-    assert not place.run("filtered_captions", "sleep").success and interrupted.done
-    assert not place.cluster.jobs and not place.cluster.pods
-    assert all(kubelet.process.poll() is not None for kubelet in place.cluster.kubelets.values())
-    assert time.monotonic() - started < 20
-
-
 def die(monkeypatch) -> None:
     """Dagster's process goes, and can do nothing more about its job."""
 
@@ -199,12 +182,38 @@ def lost_run(place) -> str:
     return run.run_id
 
 
-def test_a_job_that_a_lost_run_left_is_taken_up_and_not_launched_twice(place, ground, monkeypatch):
+def leave_a_job(place, ground, monkeypatch, act: str) -> None:
+    """A job whose run is lost, and which nobody follows."""
     with monkeypatch.context() as dying:
         die(dying)
-        place.run("filtered_captions", "wait")
+        place.run("filtered_captions", act)
     wait_for(lambda: (ground.outputs / "asleep").exists())
     lost_run(place)
+
+
+@pytest.mark.parametrize("taken_up", [False, True])
+def test_a_cancelled_run_leaves_no_pod(place, ground, monkeypatch, taken_up):
+    if taken_up:
+        leave_a_job(place, ground, monkeypatch, "sleep")
+
+    def interrupted(seconds):
+        mine = threading.current_thread() is threading.main_thread()
+        if mine and (ground.outputs / "asleep").exists() and not interrupted.done:
+            interrupted.done = True
+            raise dg.DagsterExecutionInterruptedError()
+        sleep(seconds)
+
+    interrupted.done, sleep = False, time.sleep
+    monkeypatch.setattr(launching.time, "sleep", interrupted)
+    started = time.monotonic()
+    assert not place.run("filtered_captions", "sleep").success and interrupted.done
+    assert not place.cluster.jobs and not place.cluster.pods
+    assert all(kubelet.process.poll() is not None for kubelet in place.cluster.kubelets.values())
+    assert time.monotonic() - started < 20
+
+
+def test_a_job_that_a_lost_run_left_is_taken_up_and_not_launched_twice(place, ground, monkeypatch):
+    leave_a_job(place, ground, monkeypatch, "wait")
 
     def wake_when_followed():
         going = lambda: [run for run in place.instance.get_runs() if not run.is_finished]  # noqa: E731
