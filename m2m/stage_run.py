@@ -36,6 +36,7 @@ class StageRun:
     fingerprint: str
     progress: Progress
     shards: Sequence[int] | None = None
+    force: bool = False
     counts: dict[str, int] = field(default_factory=dict)
     summary: dict[str, dict[str, Any]] = field(default_factory=dict)
     incomplete: str = ""
@@ -150,7 +151,8 @@ def run_stage(
 
     Args:
         shards: for partitioned stages, the ones to make; all by default.
-        force: make it again although it is current.
+        force: make it again although it is current. Of `shards`, those that were made again since the output stood
+            are kept: once all have been, it is put in its place.
 
     Raises:
         M2MError: bad settings, inputs that are not whole, or a check that does not hold.
@@ -201,10 +203,10 @@ def _lead(
                     f"{there.url}` again, or remove the folder to make it anew here"
                 )
             os.rename(final, partial)  # damaged: keep its good parts, finish the rest
-        if force:
+        if force and shards is None:  # of shards, others may be in the making here
             shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True, exist_ok=True)
-        run = StageRun(stage, profile, partial, folders, print_, progress, shards, until_placed=until_placed)
+        run = StageRun(stage, profile, partial, folders, print_, progress, shards, force, until_placed=until_placed)
         started = time.time()
         manifest = artifacts.read_manifest(partial)
         if manifest is None or artifacts.faults(partial, manifest):  # whole if a crash came just before the swap

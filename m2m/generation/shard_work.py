@@ -54,7 +54,8 @@ def make_shards(
     """Make the shards that this run is asked for; tells whether all of the output's are there now.
 
     A shard that stands already, here or in the output that this one will replace, is taken as it is if its fingerprint
-    fits. Where some are missing at the end, the stage is told to finish later.
+    fits; a forced run takes only what stands here. Where some are missing at the end, the stage is told to finish
+    later.
 
     Args:
         retry: makes sets that failed last time, by their keys; gives the files of those that succeed. Such sets are
@@ -72,7 +73,7 @@ def make_shards(
             continue
         with run.lock(f"shard-{shard.number:05d}"):
             current = is_current(run.out, shard.number, shard.fingerprint)
-            if not current and adopt(previous, run.out, shard.number, shard.fingerprint):
+            if not current and not run.force and adopt(previous, run.out, shard.number, shard.fingerprint):
                 run.progress.log(f"shard {shard.number:05d}: as it stands in {previous}")
                 current = True
             if current:

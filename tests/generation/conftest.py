@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from m2m.config import load_profile
+from m2m.generation.image_sets import GenerateSets
+
 UNMAKEABLE = "~"  # the fixture's text encoder turns this token into NaN
 
 
@@ -111,3 +114,7 @@ def make_profile(tmp_path, text_to_image, dinov2):
         return path
 
     return make
+
+
+def config_of(profile_path: Path, *overrides: str) -> GenerateSets:
+    return load_profile(profile_path).stage_config(GenerateSets, "generate-sets", None, overrides)

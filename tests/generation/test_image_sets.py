@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch._dynamo.exc import BackendCompilerFailed
 
 from m2m.cli import main
 from m2m.config import identity, load_profile
@@ -26,7 +25,7 @@ from m2m.data.verified import shard_faults
 from m2m.errors import CheckFailed, ConfigError, InputError
 from m2m.generation import image_sets
 from m2m.generation.drawn import drawn_pictures
-from m2m.generation.image_sets import GenerateSets, SetMaker
+from m2m.generation.image_sets import SetMaker
 from m2m.models.autoencoder import encode_images
 from m2m.progress import Progress
 from m2m.stage_run import run_stage
@@ -34,7 +33,7 @@ from m2m.stages import STAGES
 from m2m.tiny import WEIGHTS
 from m2m.tiny.classifier import Classifier
 from m2m.tiny.world import ATTRIBUTES
-from tests.generation.conftest import CAPTIONS
+from tests.generation.conftest import CAPTIONS, config_of
 
 QUIET = Progress(quiet=True)
 STAGE = STAGES["generate-sets"]
@@ -48,10 +47,6 @@ def run(profile_path: Path, **kwargs):
 
 def tree(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def config_of(profile_path: Path, *overrides: str) -> GenerateSets:
-    return load_profile(profile_path).stage_config(GenerateSets, "generate-sets", None, overrides)
 
 
 def test_a_set_is_what_the_pipeline_makes_of_its_noises(make_profile, tmp_path):
@@ -128,6 +123,18 @@ def test_whole_shards_are_not_made_again(make_profile, monkeypatch):
     assert made == [2, 3, 4]  # the shards of the output before are taken over
     run(make_profile(shards=3, captions=["a red square", "CHANGED", "a green cross", "stars, many", "new"]))
     assert made == [2, 3, 4, 0, 1]
+
+
+def test_a_forced_run_makes_whole_shards_again_also_range_by_range(make_profile, monkeypatch):
+    path = make_profile()
+    before = tree(run(path).folder)
+    made = []
+    latents = SetMaker.latents
+    monkeypatch.setattr(SetMaker, "latents", lambda self, i, caption: made.append(i) or latents(self, i, caption))
+    assert tree(run(path, force=True).folder) == before and made == [0, 1, 2, 3]
+    assert run(path, shards=[1], force=True).manifest is None and made[4:] == [2, 3]
+    again = run(path, shards=[0], force=True)
+    assert again.manifest and tree(again.folder) == before and made[6:] == [0, 1]
 
 
 def test_a_damaged_shard_is_made_again_and_the_others_stay(make_profile):
@@ -246,44 +253,6 @@ def test_how_it_is_computed_is_part_of_what_it_is(make_profile, setting):
     before, after = (identity(config_of(make_profile(), *given), root) for given in ([], [setting]))
     assert before != after
     assert "compile" not in before and "channels_last" not in before  # sets made before there was a choice stay
-
-
-def test_channels_last_makes_the_same_pictures_to_the_last_bits(make_profile, tmp_path):
-    plain, last = (
-        SetMaker(config_of(make_profile(), *given), tmp_path).latents(0, "a red square")
-        for given in ([], ["channels_last=true"])
-    )
-    assert np.allclose(plain, last, atol=2e-2)
-
-
-@pytest.mark.parametrize(
-    "backend", ["eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
-)
-def test_a_compiled_unet_makes_the_same_pictures_to_the_last_bits(make_profile, tmp_path, monkeypatch, backend):
-    """Traced and run as traced; compiled to C++ too where there are minutes for it."""
-    compiling, asked = torch.nn.Module.compile, []
-
-    def compiled_by(module, **kwargs):
-        asked.append(type(module).__name__)
-        compiling(module, backend=backend, **kwargs)
-
-    monkeypatch.setattr(torch.nn.Module, "compile", compiled_by)
-    plain, compiled = (
-        SetMaker(config_of(make_profile(), *given), tmp_path).latents(0, "a red square")
-        for given in ([], ["compile=true"])
-    )
-    assert asked == ["UNet2DConditionModel"] and np.allclose(plain, compiled, atol=2e-2)
-
-
-def test_a_unet_that_cannot_be_compiled_ends_the_run(make_profile, tmp_path, monkeypatch):
-    def broken(*_):
-        raise BackendCompilerFailed(broken, RuntimeError("no C++ compiler"), None)
-
-    monkeypatch.setattr(SetMaker, "latents", broken)
-    with pytest.raises(ConfigError, match=r"generate-sets\.compile: torch can't compile.*no C\+\+ compiler"):
-        SetMaker(config_of(make_profile(), "compile=true"), tmp_path).sampled(
-            {"id": 0, "caption": "a", "split": "train"}
-        )
 
 
 def test_pictures_that_do_not_fit_the_memory_end_the_run(make_profile, monkeypatch):
