@@ -26,7 +26,7 @@ from m2m.training import checkpoints
 from m2m.training.acceleration import open_accelerator
 from m2m.training.log import LOG
 from m2m.training.loop import CHECKPOINTS, train
-from m2m.training.objective import Objective, SetLoss
+from m2m.training.objective import LossWeighting, Objective, SetLoss
 from m2m.training.settings import TrainingSettings
 from m2m.training.starting import feature_width, fresh_unet
 from m2m.training.timesteps import TimestepSampling
@@ -81,6 +81,7 @@ def train_many_to_many(
     steps: int = 1000,
     sets: int = 3000,
     timesteps: Timesteps = "uniform",
+    weighting: LossWeighting = "noise",
     threads: int = 2,
     seed: int = 0,
 ) -> Path:
@@ -109,6 +110,7 @@ def train_many_to_many(
         }
     )
     command = f"python -m m2m.tiny m2m {variant} --steps {steps} --sets {sets} --timesteps {timesteps} --seed {seed}"
+    command += f" --loss {weighting}" * (weighting != "noise")
     (work / _MADE_BY).write_text(json.dumps({"command": command}) + "\n")
     accelerator = open_accelerator(settings.compute)
     dino = load_dino(str(weights / "dinov2"), Path.cwd()) if variant == "dino" else None
@@ -122,6 +124,7 @@ def train_many_to_many(
         settings.context_dropout,
         num_train_timesteps=scheduler.config["num_train_timesteps"],
         sampling=TimestepSampling(timesteps, settings.timestep_shift),
+        weighting=weighting,
     )
     data, belongs_to = drawn_sets(pipeline, sets, seed), f"{variant}-{sets}-{seed}"
     train(

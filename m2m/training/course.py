@@ -68,6 +68,7 @@ def objective_of(settings: TrainingSettings, pipeline: ManyToManyPipeline, **own
         ),
         dropping=settings.dropping,
         random_context=settings.random_context,
+        weighting=settings.loss_weighting,
         **own,
     )
 

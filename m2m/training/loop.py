@@ -360,4 +360,4 @@ def batch_losses(loss: Any, objective: Objective, ready: Batch, samples: Sequenc
     latents = ready["latents"]
     draws = objective.draw(samples, epoch, latents.shape[1:]).to(latents.device)
     extra = {name: ready[name] for name in ("context", "features", "condition", "counts") if name in ready}
-    return loss(latents, draws, **extra)
+    return loss(latents, draws, weighting=objective.weighting, **extra)

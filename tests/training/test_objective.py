@@ -197,6 +197,25 @@ def test_the_loss_is_equation_5_over_single_autoregressive_predictions(variant):
 
 
 @torch.no_grad()
+def test_velocity_weights_make_the_loss_that_of_the_velocity():
+    schedule = DDPMScheduler()
+    latents, unet = torch.randn(2, *SHAPE), toy_unet().eval()
+    draws = Objective(seed=4).draw([0, 1], 0, SHAPE)
+    found = SetLoss(unet, schedule)(latents, draws, weighting="velocity")
+    share = schedule.alphas_cumprod[draws.timesteps][..., None, None, None]
+    noisy = share.sqrt() * latents + (1 - share).sqrt() * draws.noise
+    noise = unet.training_forward(noisy, draws.timesteps, clean=latents[:, :-1], keep_context=draws.keep_context)
+    image = (noisy - (1 - share).sqrt() * noise) / share.sqrt()
+    predicted, true = (
+        share.sqrt() * of_noise - (1 - share).sqrt() * of_image
+        for of_noise, of_image in ((noise, image), (draws.noise, latents))
+    )
+    assert torch.allclose(found, (predicted - true).square().mean((1, 2, 3, 4)), rtol=1e-3)
+    steady = Objective(seed=4, weighting="velocity").steady("validation")
+    assert steady == Objective(seed=4).steady("validation"), "held-out losses of all trainings compare"
+
+
+@torch.no_grad()
 def test_padding_at_the_end_of_a_set_counts_for_nothing():
     loss = SetLoss(toy_unet().eval(), DDPMScheduler())
     latents = torch.randn(2, *SHAPE)
