@@ -16,11 +16,10 @@ from m2m import artifacts
 from m2m.artifacts import Manifest, Summary
 from m2m.config import Source, StageConfig
 from m2m.errors import ArtifactError
-from m2m.evaluation.compare import open_per_set
 from m2m.evaluation.curves import CURVES, write_curves
-from m2m.evaluation.gate import FALSE_ALARMS, HEADLINES, WORSENING, blind_to, gate, regressions
+from m2m.evaluation.gate import FALSE_ALARMS, HEADLINES, WORSENING, gate, regressions, undecided
 from m2m.evaluation.page import data_uri, inside, missing_from, render
-from m2m.evaluation.per_set import PER_SET, Metric, read_per_set, write_per_set
+from m2m.evaluation.per_set import PER_SET, Metric, open_per_set, read_per_set, write_per_set
 from m2m.evaluation.protocol import METRICS
 from m2m.stage_run import StageRun
 from m2m.stages import STAGES, Stage
@@ -227,12 +226,11 @@ def _compare_with_accepted(config: WriteReport, run: StageRun, metrics: dict[str
         false_alarms=config.gate_false_alarms,
     )
     run.check("no_regression", not (worse := regressions(tested)), "; ".join(worse))
-    blind = blind_to(tested)
-    headlines = [why for why in blind if why.startswith(tuple(config.gate_headlines))]
+    open_ = undecided(tested)
+    headlines = [why for why in open_ if why.startswith(tuple(config.gate_headlines))]
     return (
-        f"{len(tested)} metrics compared with the accepted report, {len(worse)} worse. In {len(blind)} of them a true "
-        f"worsening of {WORSENING:g} standard errors may pass unseen"
-        + "".join(f". Not seen: {why}" for why in headlines)
+        f"{len(tested)} metrics compared with the accepted report, {len(worse)} worse, {len(open_)} that may be worse "
+        f"by {WORSENING:g} standard errors or more" + "".join(f". Not known: {why}" for why in headlines)
     )
 
 
