@@ -6,7 +6,6 @@ denoising steps make the models' share small: with the profile's own 12 or the p
 """
 
 import argparse
-import io
 import json
 import tempfile
 import time
@@ -14,27 +13,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-
+from benchmarks.drawn_sets import draw_sets, shipped
 from m2m.arguments import open_profile
-from m2m.data.sets import LATENTS, SetsIndex, SetTable, picture_name, write_index
-from m2m.data.shards import ShardWriter, npy_bytes
 from m2m.evaluation.encoders import ClassifierBackbone, Clip
-from m2m.evaluation.planted import WorldSets
 from m2m.evaluation.protocol import Sampler
 from m2m.evaluation.table import evaluate_table_1
-from m2m.models.text_to_image import load_ddim, load_dino, load_vae
 from m2m.models.unet import VARIANTS
 from m2m.pipelines.many_to_many import ManyToManyPipeline
 from m2m.progress import Progress
 from m2m.stage_run import StageRun
 from m2m.stages import STAGES
-from m2m.training.starting import continued_unet
 
 REACH = {"outside_share": 0.1}
-_PRECEDING, _IMAGES, _SIDE = 4, 10, 64
+_PRECEDING, _IMAGES = 4, 10
 
 
 def main() -> None:
@@ -49,9 +40,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         inputs = {"sets": root / "sets"} | {f"m2m_{variant}": root / variant for variant in VARIANTS}
-        _draw_sets(inputs["sets"], args.sets)
+        draw_sets(inputs["sets"], args.sets, _PRECEDING + _IMAGES)
         for variant in VARIANTS:
-            _shipped(variant, profile.root / "m2m" / "tiny" / "weights").save_pretrained(root / variant)
+            shipped(variant, profile.root / "m2m" / "tiny" / "weights").save_pretrained(root / variant)
         clock, loading = _Clock(), _Clock()
         for opened in (Sampler, Clip, ClassifierBackbone):
             loading.watch(opened, "__init__")
@@ -75,46 +66,6 @@ def main() -> None:
     print(*(f"{name}: {value}" for name, value in figures.items()), sep="\n")
     ok = figures["outside_share"] <= REACH["outside_share"]
     print(json.dumps({"name": "evaluation_overhead", "figures": figures, "reach": REACH, "ok": ok}))
-
-
-def _draw_sets(folder: Path, count: int) -> None:
-    """A generate-sets output of pictures that the tiny world draws; nobody reads its latents."""
-    drawn = WorldSets.drawn(count, 0, 0.5)
-    latents = npy_bytes(np.zeros((_PRECEDING + _IMAGES, 4, 1, 1), np.float16))
-    with ShardWriter(folder, 0, "a benchmark") as writer:
-        for key, caption in enumerate(drawn.captions()):
-            pictures = drawn.pictures(key, range(_PRECEDING + _IMAGES))
-            files = {picture_name(i, "png"): _png(picture) for i, picture in enumerate(pictures)}
-            said = {"caption": caption, "id": key, "split": "test"}
-            writer.add(f"{key:09d}", {LATENTS: latents, "json": json.dumps(said).encode(), **files})
-    SetTable.write(folder, [(0, range(count), ["test"] * count)])
-    write_index(
-        folder,
-        SetsIndex(
-            shards=1,
-            sets_per_shard=count,
-            splits={"test": count},
-            images_per_set=_PRECEDING + _IMAGES,
-            image_size=_SIDE,
-            latent_shape=(4, 1, 1),
-            pictures="png",
-        ),
-    )
-
-
-def _shipped(variant: str, weights: Path) -> ManyToManyPipeline:
-    """The shipped checkpoint that the tiny profile's training starts from."""
-    dino = load_dino(weights / "dinov2") if variant == "dino" else None
-    width = None if dino is None else dino.config.hidden_size
-    unet = continued_unet(weights / f"m2m-{variant}", variant, width, {})
-    source = weights / "stable-diffusion"
-    return ManyToManyPipeline(load_vae(source), unet.float(), load_ddim(source), dino)
-
-
-def _png(picture: torch.Tensor) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 class _Clock:

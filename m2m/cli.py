@@ -29,6 +29,7 @@ TOOLS = {
     "shards": ("m2m.data.shards_cli", "list, show, verify or repair shards; attach those of a store"),
     "data": ("m2m.data.data_cli", "what real data sets hold, and what of them is set aside and why"),
     "generate": ("m2m.pipelines.generate_cli", "images from images, with a trained model"),
+    "accept": ("m2m.evaluation.accept", "the models as they are, evaluated for later evaluations to be held against"),
     "compare": ("m2m.evaluation.compare", "two or more reports or evaluations, with confidence intervals"),
     "trace": ("m2m.trace", "what an output was made from, back to the captions; what differs between two"),
     "store": ("m2m.stores", "send an output to an object store, or fetch one"),

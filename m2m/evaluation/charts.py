@@ -27,7 +27,8 @@ def chart(name: str, columns: Mapping[str, Sequence[float]]) -> str:
 
     Args:
         columns: the first is the x axis; the y axis is logarithmic where positive values span a factor over 30. A
-            column "name ±" holds the errors of column "name", drawn as bars.
+            column "name ±" holds the errors of column "name", drawn as bars. Where all columns read "model: what", a
+            model's lines have one colour, those after its first hollow points.
     """
     x_name, *named = columns
     series = [key for key in named if not key.endswith(ERROR)]
@@ -38,6 +39,7 @@ def chart(name: str, columns: Mapping[str, Sequence[float]]) -> str:
     values += [y for of in bars.values() for _, *ends in of for y in ends]
     if not values:
         return ""
+    pairs = all(": " in key for key in series)
     logarithmic = min(values) > 0 and max(values) / min(values) > 30
     scale = math.log10 if logarithmic else float
     ticks = _log_ticks(min(values), max(values)) if logarithmic else _ticks(min(values), max(values))
@@ -65,8 +67,11 @@ def chart(name: str, columns: Mapping[str, Sequence[float]]) -> str:
     parts.append(f'<text class="axis" text-anchor="middle" x="{middle}" y="{_HEIGHT - 6}">{escape(x_name)}</text>')
     legend = []
     others = iter(_OTHERS * (1 + len(series) // len(_OTHERS)))
+    colours: dict[str, str] = {}
     for key, points in lines.items():
-        colour = _KNOWN.get(key) or next(others)
+        whose = key.partition(": ")[0] if pairs else key
+        hollow = whose in colours  # the second line of the same model
+        colour = colours[whose] = colours.get(whose) or _KNOWN.get(whose) or next(others)
         dashed = ' stroke-dasharray="6 5"' if any(word in key for word in _REFERENCES) else ""
         path = " ".join(f"{across(a):.1f},{down(b):.1f}" for a, b in points)
         parts.append(f'<polyline class="line" points="{path}" style="stroke:{colour}"{dashed}/>')
@@ -75,12 +80,17 @@ def chart(name: str, columns: Mapping[str, Sequence[float]]) -> str:
             parts.append(f'<line class="error" {ends} style="stroke:{colour}"/>')
         if len(points) <= 24:
             parts += [
-                f'<circle cx="{across(a):.1f}" cy="{down(b):.1f}" r="3.4" style="fill:{colour}">'
+                f'<circle cx="{across(a):.1f}" cy="{down(b):.1f}" r="3.4" style="{_dot(colour, hollow)}">'
                 f"<title>{escape(key)}: {_said(b, 4)} at {_said(a)}</title></circle>"
                 for a, b in points
             ]
-        legend.append(f'<span><i style="background:{colour}"></i>{escape(key)}</span>')
+        kind = ' class="hollow"' if hollow else ""
+        legend.append(f'<span><i{kind} style="background:{colour}"></i>{escape(key)}</span>')
     return "".join(parts) + "</svg>" + f'<div class="legend">{"".join(legend)}</div>'
+
+
+def _dot(colour: str, hollow: bool) -> str:
+    return f"fill:var(--card,#fff);stroke:{colour};stroke-width:1.8" if hollow else f"fill:{colour}"
 
 
 def picture(name: str, columns: Mapping[str, Sequence[float]]) -> str:
@@ -90,7 +100,7 @@ def picture(name: str, columns: Mapping[str, Sequence[float]]) -> str:
         return ""
     start, body = drawn[: drawn.index("</svg>")].split(">", 1)
     start = start.replace("<svg", f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}"')
-    colours = re.findall(r'<i style="background:([^"]+)"></i>([^<]*)', drawn)
+    colours = re.findall(r'<i(?: class="hollow")? style="background:([^"]+)"></i>([^<]*)', drawn)
     entries = "".join(f'<tspan dx="12" style="fill:{colour}">{text}</tspan>' for colour, text in colours)
     legend = f'<text x="{_LEFT}" y="{_TOP - 2}" font-size="12">{entries}</text>'
     return f"{start}><style>{_ALONE}</style>{body}{legend}</svg>"

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from m2m import artifacts
 from m2m.errors import InputError
-from m2m.evaluation.gate import HEADLINES, WORSENING, Tested, blind_to, gate, regressions
-from m2m.evaluation.per_set import PER_SET, Metric, read_per_set
+from m2m.evaluation.gate import HEADLINES, WORSENING, Tested, gate, regressions, undecided
+from m2m.evaluation.per_set import Metric, open_per_set
 
 _AT_A_TIME = 1 << 22  # resampled values in memory
 
@@ -82,16 +82,6 @@ def compare(first: Mapping[str, Metric], second: Mapping[str, Metric], resamples
     return found
 
 
-def open_per_set(path: Path) -> dict[str, Metric]:
-    """Values by set of a report, of one evaluation, or of a profile's outputs folder.
-
-    Raises:
-        ArtifactError: none of them there, or they can't be read.
-    """
-    places = [path, path / PER_SET, path / "report" / PER_SET]
-    return read_per_set(next((place for place in places if place.is_file()), path / PER_SET))
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("reports", nargs="+", type=Path, metavar="FOLDER", help="two or more reports or evaluations")
     parser.add_argument("--only", default="", help="metrics whose names contain this")
@@ -118,7 +108,7 @@ def main(args: argparse.Namespace) -> int:
             worse = regressions(tested)
             failed |= bool(worse)
             print("\n".join([f"REGRESSION {why}" for why in worse]) or "no regression")
-            print("\n".join(_not_seen(tested)))
+            print("\n".join(_not_known(tested)))
     if args.json:
         artifacts.write_json(args.json, {"first": str(args.reports[0]), "others": told}, sort_keys=False)
     return 1 if failed else 0
@@ -142,16 +132,16 @@ def _lines(found: Sequence[Difference]) -> Iterator[str]:
         yield f"{one.metric:<{width}}  {means}  {interval:<34} {'paired ' if one.paired else ''}{one.verdict}".rstrip()
 
 
-def _not_seen(tested: Sequence[Tested]) -> Iterator[str]:
-    """What "no regression" does not say: the headlines' blind spots by name, the others' by number."""
-    blind = blind_to(tested)
-    for why in blind:
+def _not_known(tested: Sequence[Tested]) -> Iterator[str]:
+    """What "no regression" does not say: the headlines that are undecided by name, the others by number."""
+    open_ = undecided(tested)
+    for why in open_:
         if why.startswith(HEADLINES):
-            yield f"not seen: {why}"
-    if blind:
+            yield f"not known: {why}"
+    if open_:
         yield (
-            f"{len(tested)} metrics tested; in {len(blind)} of them a true worsening of {WORSENING:g} standard errors "
-            "may pass: evaluate both sides with more noise_seeds, or more sets"
+            f"{len(tested)} metrics tested; {len(open_)} of them may be worse by {WORSENING:g} standard errors: they "
+            "need more noises (docs/evaluation.md)"
         )
 
 

@@ -4,6 +4,7 @@ Belongs here: what a file holds, what it is called. Not here: which curves there
 page's own charts (`m2m.evaluation.charts`).
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ def write_curves(folder: Path, of: str, title: str, curves: Mapping[str, Mapping
         for line in lines:
             errors = columns.get(f"{line}{ERROR}")
             for place, (x, value) in enumerate(zip(columns[x_name], columns[line], strict=True)):
+                if not math.isfinite(value):  # no case, no point: JSON knows no such number
+                    continue
                 row = {"curve": shown, "of": line, "x": x, "value": value}
                 rows.append(row if errors is None else {**row, "error": errors[place]})
         slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -1,9 +1,10 @@
 """One evaluation with several noises: the same sets sampled again and again, their values averaged by set.
 
 What the sampler's noise adds to a metric's error falls with the root of their number: that is what lets the regression
-gate see a small worsening (`m2m.evaluation.gate`).
+gate see a small worsening (`m2m.evaluation.gate`). An evaluation that knows the accepted one goes on until it is seen.
 
-Belongs here: repeating an evaluation, averaging. Not here: how noise is keyed (`m2m.evaluation.protocol`).
+Belongs here: repeating an evaluation, when to stop, averaging. Not here: how noise is keyed
+(`m2m.evaluation.protocol`), the test (`m2m.evaluation.gate`).
 """
 
 import json
@@ -16,15 +17,16 @@ import numpy as np
 
 from m2m import artifacts, processes
 from m2m.errors import InputError
-from m2m.evaluation.per_set import PER_SET, Metric, read_per_set, write_per_set
-from m2m.evaluation.protocol import METRICS, EvaluationConfig, kept_folder
+from m2m.evaluation.gate import gate, noises_wanted
+from m2m.evaluation.per_set import PER_SET, Metric, averaged, open_per_set, read_per_set, write_per_set
+from m2m.evaluation.protocol import METRICS, NOISES, EvaluationConfig, drop_kept
 from m2m.stage_run import StageRun
 
 Config = TypeVar("Config", bound=EvaluationConfig)
 
 
 def over_noises(evaluate: Callable[[Config, StageRun], None]) -> Callable[[Config, StageRun], None]:
-    """Let an evaluation follow `noise_seeds`.
+    """Let an evaluation follow `noise_seeds`, and `accepted` as far as the gate needs.
 
     Its tables, curves and pictures are those of the first noise; its values by set, of which error bars, comparisons
     and the gate are made, are the means over all of them, told in a table of their own.
@@ -32,40 +34,58 @@ def over_noises(evaluate: Callable[[Config, StageRun], None]) -> Callable[[Confi
 
     @wraps(evaluate)
     def over(config: Config, run: StageRun) -> None:
-        further = []
-        for number in range(config.noise_seed + 1, config.noise_seed + config.noise_seeds):
-            part = replace(run, out=kept_folder(run, f"noise {number}"), counts={}, summary={})
-            if not (part.out / PER_SET).is_file():  # what a killed run has finished is not made again
-                evaluate(config.model_copy(update={"noise_seed": number, "noise_seeds": 1}), part)
-                if why := part.summary["checks"]["metrics_finite"]:
-                    raise InputError(f"noise_seed {number}: {why}")
-            further.append(read_per_set(part.out / PER_SET))
+        if config.noise_seeds == 1 and config.accepted is None:
+            evaluate(config, run)
+            return
+        (run.out / NOISES).mkdir(exist_ok=True)  # from now on all is kept until all noises are there
         evaluate(config, run)
-        if further:
-            _average(config, run, [read_per_set(run.out / PER_SET), *further])
+        found = [read_per_set(run.out / PER_SET)]
+        accepted = None if config.accepted is None else open_per_set(run.source(config.accepted))
+        wanted = config.noise_seeds
+        while True:
+            while len(found) < wanted:
+                found.append(_sampled(evaluate, config, run, config.noise_seed + len(found)))
+            if accepted is None or (more := _wanted(run, accepted, averaged(found))) == wanted:
+                break
+            wanted = more
+        processes.wait_for_all()  # before what the others read is replaced
+        if len(found) > 1:
+            _average(run, found)
+        drop_kept(run)
 
     return over
 
 
-def averaged(evaluations: Sequence[Mapping[str, Metric]]) -> dict[str, Metric]:
-    """Each metric's mean over evaluations, set by set.
-
-    Raises:
-        InputError: they are not of the same sets.
-    """
-    first, *others = evaluations
-    found = {}
-    for name, metric in first.items():
-        values = [metric.values]
-        for other in others:
-            if name not in other or not np.array_equal(other[name].units, metric.units):
-                raise InputError(f"{name}: evaluations of other sets can't be averaged by set")
-            values.append(other[name].values)
-        found[name] = replace(metric, values=np.mean(values, 0))
-    return found
+def of_part(run: StageRun, metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """An evaluation's metrics by the names that they have in a report."""
+    return {f"{run.stage.variant}: {name}": metric for name, metric in metrics.items()}
 
 
-def _average(config: EvaluationConfig, run: StageRun, evaluations: Sequence[Mapping[str, Metric]]) -> None:
+def _sampled(
+    evaluate: Callable[[Config, StageRun], None], config: Config, run: StageRun, number: int
+) -> dict[str, Metric]:
+    """The values by set of one further noise; what a killed run has finished is not made again."""
+    part = replace(run, out=run.out / NOISES / str(number), counts={}, summary={})
+    if not (part.out / PER_SET).is_file():
+        part.out.mkdir(exist_ok=True)
+        evaluate(config.model_copy(update={"noise_seed": number, "noise_seeds": 1}), part)
+        if why := part.summary["checks"]["metrics_finite"]:
+            raise InputError(f"noise_seed {number}: {why}")
+    return read_per_set(part.out / PER_SET)
+
+
+def _wanted(run: StageRun, accepted: Mapping[str, Metric], found: Mapping[str, Metric]) -> int:
+    """How many noises to go on to."""
+    count = next(iter(found.values())).noises
+    tested = gate(accepted, of_part(run, found), part=True)
+    wanted = noises_wanted(tested, count)
+    if wanted > count:
+        open_ = [one.metric for one in tested if one.undecided]
+        run.progress.log(f"after {count} noises {len(open_)} metrics may be worse ({open_[0]}, ...): on to {wanted}")
+    return wanted
+
+
+def _average(run: StageRun, evaluations: Sequence[Mapping[str, Metric]]) -> None:
     """Rows of all noises into the summary, their means by set into the files."""
     told = averaged(evaluations)
     rows = {
@@ -77,7 +97,7 @@ def _average(config: EvaluationConfig, run: StageRun, evaluations: Sequence[Mapp
         for name, metric in told.items()
     }
     run.table(f"Means over {len(evaluations)} noises", [{"metric": name, **row} for name, row in rows.items()])
-    run.count(noises=config.noise_seeds)
+    run.count(noises=len(evaluations))
     if processes.leads():
         write_per_set(run.out / PER_SET, told)
         metrics = json.loads((run.out / METRICS).read_bytes())

@@ -5,8 +5,8 @@ evaluations (`m2m.evaluation.compare`).
 """
 
 import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +22,7 @@ from m2m.errors import ArtifactError, InputError
 PER_SET = "per_set.parquet"
 Better = Literal["higher", "lower", "neither"]
 _COLUMNS = ("metric", "unit", "value", "better")
+_OF_NOISES = ("noises", "spread")  # columns of means over several noises alone
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Metric:
     values: NDArray[np.float64]  # (units,)
     units: NDArray[np.int64]  # (units,): which set; equal units of two evaluations are compared with each other
     better: Better = "neither"
+    noises: int = 1  # over which each value is a mean
+    spread: NDArray[np.float64] | None = None  # (units,): variance of one noise's value, where there are several
 
     @property
     def mean(self) -> float:
@@ -75,7 +78,7 @@ class PerSet:
 
 
 def write_per_set(path: Path, metrics: dict[str, Metric]) -> None:
-    """One row a metric and set: `metric`, `unit`, `value`, `better`."""
+    """One row a metric and set: `metric`, `unit`, `value`, `better`; of means over noises also `noises`, `spread`."""
     counts = [len(metric.values) for metric in metrics.values()]
     columns = [
         pa.array(np.repeat(np.array(list(metrics), object), counts), pa.string()).dictionary_encode(),
@@ -85,8 +88,14 @@ def write_per_set(path: Path, metrics: dict[str, Metric]) -> None:
             np.repeat(np.array([m.better for m in metrics.values()], object), counts), pa.string()
         ).dictionary_encode(),
     ]
+    names = list(_COLUMNS)
+    if any(metric.noises > 1 for metric in metrics.values()):
+        names += _OF_NOISES
+        spreads = [np.zeros(len(m.values)) if m.spread is None else m.spread for m in metrics.values()]
+        columns.append(pa.array(np.repeat([m.noises for m in metrics.values()], counts), pa.int64()))
+        columns.append(pa.array(np.concatenate(spreads), pa.float64()))
     buffer = io.BytesIO()
-    pq.write_table(pa.table(columns, names=list(_COLUMNS)), buffer, compression="zstd")
+    pq.write_table(pa.table(columns, names=names), buffer, compression="zstd")
     artifacts.write_bytes(path, buffer.getvalue())
 
 
@@ -99,13 +108,50 @@ def read_per_set(path: Path) -> dict[str, Metric]:
     try:
         table = pq.read_table(path)
         names, units, values, better = (table[column].to_numpy(zero_copy_only=False) for column in _COLUMNS)
+        noises, spreads = np.ones(len(names), np.int64), np.zeros(len(names))
+        if _OF_NOISES[0] in table.column_names:
+            noises, spreads = (table[column].to_numpy(zero_copy_only=False) for column in _OF_NOISES)
     except (OSError, KeyError, pa.ArrowException) as error:
         raise ArtifactError(f"{path}: no values by set can be read here: {str(error).splitlines()[0]}") from None
     found: dict[str, Metric] = {}
     for name in dict.fromkeys(names):
         rows = names == name
-        found[str(name)] = Metric(values[rows].astype(np.float64), units[rows].astype(np.int64), better[rows][0])
+        count = int(noises[rows][0])
+        spread = spreads[rows].astype(np.float64) if count > 1 else None
+        found[str(name)] = Metric(
+            values[rows].astype(np.float64), units[rows].astype(np.int64), better[rows][0], count, spread
+        )
     return found
+
+
+def averaged(evaluations: Sequence[Mapping[str, Metric]]) -> dict[str, Metric]:
+    """Each metric's mean over evaluations, set by set, and how much these vary.
+
+    Raises:
+        InputError: they are not of the same sets.
+    """
+    first, *others = evaluations
+    if not others:
+        return dict(first)
+    found = {}
+    for name, metric in first.items():
+        values = [metric.values]
+        for other in others:
+            if name not in other or not np.array_equal(other[name].units, metric.units):
+                raise InputError(f"{name}: evaluations of other sets can't be averaged by set")
+            values.append(other[name].values)
+        found[name] = replace(metric, values=np.mean(values, 0), noises=len(values), spread=np.var(values, 0, ddof=1))
+    return found
+
+
+def open_per_set(path: Path) -> dict[str, Metric]:
+    """Values by set of a report, of one evaluation, or of a profile's outputs folder.
+
+    Raises:
+        ArtifactError: none of them there, or they can't be read.
+    """
+    places = [path, path / PER_SET, path / "report" / PER_SET]
+    return read_per_set(next((place for place in places if place.is_file()), path / PER_SET))
 
 
 def ratio_values(numerator: Tensor, denominator: Tensor) -> NDArray[np.float64]:

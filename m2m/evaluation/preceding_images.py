@@ -21,6 +21,7 @@ from m2m.evaluation.agreement import SHARED_RATE, Agreement, Trials, agreement, 
 from m2m.evaluation.encoders import ClassifierBackbone, Clip, Reader
 from m2m.evaluation.grids import write_grid
 from m2m.evaluation.instruments import Tools, prove
+from m2m.evaluation.kept_and_varying import KEPT, TABLE, VARYING
 from m2m.evaluation.measures import cosine, rmse
 from m2m.evaluation.noises import over_noises
 from m2m.evaluation.per_set import PerSet
@@ -40,7 +41,7 @@ from m2m.stage_run import StageRun
 from m2m.tiny.sketch import Renderer
 from m2m.tiny.world import ATTRIBUTES, read_caption
 
-_KINDS = {"agreement": "agreement", "kept": "kept where shared", "varying": "agreement where they vary"}
+_KINDS = {"agreement": "agreement", "kept": KEPT, "varying": VARYING}
 _ORACLE = "planted: oracle"
 _REACH = {"agreement": "ideal observer", "kept": "all", "varying": "chance"}
 
@@ -251,7 +252,7 @@ class _Told:
             self._nearest.append({**told, "nearest: RMSE": distance, "over the same in true sets": over})
 
     def conclude(self, guidances: Sequence[float], accuracy: Mapping[str, float]) -> None:
-        self._run.table("By number of preceding images", self.rows)
+        self._run.table(TABLE, self.rows)
         for key, title in {"agreement": "Agreement", "CLIP to all preceding": "CLIP likeness"}.items():
             if key in self.rows[0]:
                 for guidance in guidances:

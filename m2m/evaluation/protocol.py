@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from m2m import artifacts, processes
-from m2m.config import Compute, ModelSource, Settings, Source, StageConfig, is_hub_id, resolve, source_digest
+from m2m.config import Compute, Later, ModelSource, Settings, Source, StageConfig, is_hub_id, resolve, source_digest
 from m2m.data.sets import ImageSets
 from m2m.errors import ArtifactError, InputError
 from m2m.evaluation.encoders import Clip, Dino, Reader
@@ -29,6 +29,8 @@ from m2m.models.unet import VARIANTS
 from m2m.stage_run import StageRun
 
 METRICS = "metrics.json"
+NOISES = ".noises"
+"""Within an output in the making: the evaluations of further noises, and the sign that they are not all there yet."""
 _PARTS = ".parts"
 SEEN_TOGETHER = 128
 """Pictures that a model or a measure is given at a time."""
@@ -51,6 +53,8 @@ class EvaluationConfig(StageConfig):
     """The base of every evaluation's settings."""
 
     made_together: ClassVar[bool] = True
+    has_noise: ClassVar[bool] = True
+    """Whether other noise gives other values, which the regression gate has to know."""
 
     sampling: Sampling = Sampling.model_validate({})
     seed: int = Field(0, ge=0, description="namespace of the noise, keyed by (set, image), and of all choices")
@@ -59,6 +63,11 @@ class EvaluationConfig(StageConfig):
         1,
         ge=1,
         description="noises, from noise_seed on, over which values by set are averaged",
+    )
+    accepted: Annotated[Path | None, Source(), Later()] = Field(
+        None,
+        description="values by set of the accepted evaluation (`python -m m2m accept`): noises are added until each "
+        "metric is known to be worse or not to be",
     )
     batch: int = Field(4, ge=1, description="sets sampled at a time")
     shown: int = Field(4, ge=1, description="sets in the picture grids")
@@ -95,7 +104,9 @@ class EvaluationConfig(StageConfig):
     @model_validator(mode="after")
     def _pins_are_of_sources(self) -> "EvaluationConfig":
         known = [
-            name for name, info in type(self).model_fields.items() if any(isinstance(m, Source) for m in info.metadata)
+            name
+            for name, info in type(self).model_fields.items()
+            if name != "accepted" and any(isinstance(m, Source) for m in info.metadata)
         ]
         for name in self.pins:
             if name not in known:
@@ -334,13 +345,21 @@ def conclude(run: StageRun, metrics: Mapping[str, Any], per_set: PerSet | None =
     shown = {kind: run.summary.get(kind, {}) for kind in ("figures", "tables", "curves")}
     wrong = _not_finite(metrics, "") + _not_finite(shown, "")
     run.check("metrics_finite", not wrong, f"not finite: {', '.join(wrong[:5])}")
-    processes.wait_for_all()  # before what the others read is gone
     if processes.leads():
         artifacts.write_json(run.out / METRICS, dict(metrics))
         if per_set is not None:
             per_set.write(run.out)
-        shutil.rmtree(run.out / _PARTS, ignore_errors=True)
-    processes.wait_for_all()  # and until what all read is there
+    if not (run.out / NOISES).exists():
+        drop_kept(run)
+    processes.wait_for_all()  # until what all read is there
+
+
+def drop_kept(run: StageRun) -> None:
+    """Remove what was only kept for a restart."""
+    processes.wait_for_all()  # before what the others read is gone
+    if processes.leads():
+        for name in (_PARTS, NOISES):
+            shutil.rmtree(run.out / name, ignore_errors=True)
 
 
 def at_size(pictures: Tensor, size: int) -> Tensor:

@@ -16,11 +16,11 @@ from m2m import artifacts
 from m2m.artifacts import Manifest, Summary
 from m2m.config import Source, StageConfig
 from m2m.errors import ArtifactError
-from m2m.evaluation.compare import open_per_set
 from m2m.evaluation.curves import CURVES, write_curves
-from m2m.evaluation.gate import FALSE_ALARMS, HEADLINES, WORSENING, blind_to, gate, regressions
+from m2m.evaluation.gate import FALSE_ALARMS, HEADLINES, WORSENING, gate, regressions, undecided
+from m2m.evaluation.kept_and_varying import TABLE, kept_and_varying
 from m2m.evaluation.page import data_uri, inside, missing_from, render
-from m2m.evaluation.per_set import PER_SET, Metric, read_per_set, write_per_set
+from m2m.evaluation.per_set import PER_SET, Metric, open_per_set, read_per_set, write_per_set
 from m2m.evaluation.protocol import METRICS
 from m2m.stage_run import StageRun
 from m2m.stages import STAGES, Stage
@@ -51,7 +51,7 @@ _HOW_TO_READ = {
     "evaluate@preceding_images": "One picture cannot say what of it is the pattern; several that agree can. The ideal "
     "observer knows how often captions fix an attribute and concludes perfectly from what is seen; it is the most that "
     "these pictures can tell. What a set shares must be kept, and what differs among its images must go on varying "
-    "(agree by chance alone): see the table by number of preceding images. Rates are corrected for the reader's "
+    "(agree by chance alone): the first curves show both. Rates are corrected for the reader's "
     "errors; “±” is their standard error over trials. "
     "Planted models prove the measures: the oracle shows pictures of the true set and has to meet the ideal observer's "
     "curve, the copier repeats a picture, the guesser ignores all of them, the drifter gets worse with every image.",
@@ -227,12 +227,11 @@ def _compare_with_accepted(config: WriteReport, run: StageRun, metrics: dict[str
         false_alarms=config.gate_false_alarms,
     )
     run.check("no_regression", not (worse := regressions(tested)), "; ".join(worse))
-    blind = blind_to(tested)
-    headlines = [why for why in blind if why.startswith(tuple(config.gate_headlines))]
+    open_ = undecided(tested)
+    headlines = [why for why in open_ if why.startswith(tuple(config.gate_headlines))]
     return (
-        f"{len(tested)} metrics compared with the accepted report, {len(worse)} worse. In {len(blind)} of them a true "
-        f"worsening of {WORSENING:g} standard errors may pass unseen"
-        + "".join(f". Not seen: {why}" for why in headlines)
+        f"{len(tested)} metrics compared with the accepted report, {len(worse)} worse, {len(open_)} that may be worse "
+        f"by {WORSENING:g} standard errors or more" + "".join(f". Not known: {why}" for why in headlines)
     )
 
 
@@ -243,7 +242,16 @@ def _section(run: StageRun, name: str, folder: Path) -> Section:
         raise ArtifactError(f"{folder} is not whole. Make it with: {stage.make_command(run.profile)}")
     record = _run_record(run.profile.outputs / "runs" / stage.key, manifest)
     per_set = read_per_set(folder / PER_SET) if (folder / PER_SET).is_file() else {}
-    return Section(stage, folder, manifest, artifacts.read_summary(folder), record.get("seconds"), record, per_set)
+    summary = _with_derived_curves(artifacts.read_summary(folder), manifest)
+    return Section(stage, folder, manifest, summary, record.get("seconds"), record, per_set)
+
+
+def _with_derived_curves(summary: Summary, manifest: Manifest) -> Summary:
+    """What a table of the evaluation shows as a curve, too, before its other curves."""
+    guidance = (manifest.config.get("sampling") or {}).get("guidance_scale")
+    rows = summary.tables.get(TABLE, [])
+    derived = kept_and_varying(rows, [1.0] if guidance is None else sorted({1.0, float(guidance)}))
+    return summary.model_copy(update={"curves": {**derived, **summary.curves}})
 
 
 def _run_record(folder: Path, manifest: Manifest) -> dict[str, Any]:

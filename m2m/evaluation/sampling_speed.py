@@ -27,6 +27,7 @@ class SamplingSpeed(EvaluationConfig):
     """Settings of the timing."""
 
     made_together: ClassVar[bool] = False  # processes side by side would time each other
+    has_noise: ClassVar[bool] = False
 
     text_to_image: ModelSource = Field(description="what the models are timed against (Fig. 9: SD-2.1-base)")
     preceding: list[int] = Field([1, 2, 4], min_length=1, description="numbers of preceding images (Fig. 9)")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import (
     Dinov2Model,
 )
 
+from m2m import artifacts
 from m2m.config import Profile
 from m2m.data.sets import LATENTS, SetsIndex, SetTable, picture_name, write_index
 from m2m.data.shards import ShardWriter, npy_bytes
@@ -76,11 +78,23 @@ class SmallWorld:
     root: Path
     settings: dict[str, Any] = field(default_factory=dict)
 
+    def profile(self, sections: Mapping[str, Any], outputs: Path) -> Profile:
+        return Profile(self.root / "tests.yaml", sections, outputs, root=self.root)
+
+    def stand(self, name: str, key: str, folder: Path) -> None:
+        """Copy one of the inputs to where a stage's output would stand, with its manifest."""
+        shutil.copytree(self.root / name, folder)
+        files = artifacts.record_files(folder)
+        made = artifacts.Manifest(
+            stage=key, version=1, fingerprint="f", deterministic=True, config={}, inputs={}, counts={}, files=files
+        )
+        artifacts.write_bytes(folder / artifacts.MANIFEST, made.encoded())
+
     def run(self, key: str, out: Path, settings: Mapping[str, Any], **inputs: Path) -> StageRun:
         """Run a stage's own function with these settings on top of the common ones."""
         stage = STAGES[key]
         function, config = stage.load()
-        profile = Profile(self.root / "tests.yaml", {}, self.root / "outputs", root=self.root)
+        profile = self.profile({}, self.root / "outputs")
         folders = {name: inputs.get(name, self.root / name) for name in stage.inputs}
         out.mkdir(parents=True, exist_ok=True)
         run = StageRun(stage, profile, out, folders, "a fingerprint", Progress(quiet=True))

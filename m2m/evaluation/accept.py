@@ -1,0 +1,100 @@
+"""What later evaluations are held against: the models of a profile as they are, evaluated with enough noises.
+
+The regression gate needs the accepted side's noise to be small, whatever it costs: it is paid once for each accepted
+model, not with each evaluation. The profile's outputs stay as they are.
+
+Belongs here: `python -m m2m accept`. Not here: the gate (`m2m.evaluation.gate`), sampling (`m2m.evaluation.noises`).
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+from m2m import artifacts, processes
+from m2m import config as configs
+from m2m.arguments import add_profile_argument, open_profile
+from m2m.config import Profile
+from m2m.errors import CheckFailed
+from m2m.evaluation.gate import LOOKS
+from m2m.evaluation.noises import of_part
+from m2m.evaluation.per_set import PER_SET, Metric, read_per_set, write_per_set
+from m2m.evaluation.protocol import EvaluationConfig
+from m2m.progress import Progress
+from m2m.stage_run import StageRun, fingerprint
+from m2m.stages import STAGES, Stage
+
+ACCEPTED = "accepted"
+"""Folder of a profile's outputs; `accepted.json` in it says which models and sets the values are of."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_profile_argument(parser)
+    parser.add_argument("--noises", type=int, default=LOOKS[-1], help=f"of each evaluation; {LOOKS[-1]} by default")
+    parser.add_argument("--only", nargs="+", metavar="EVALUATION", help="for example table_1; all by default")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Accept the profile's models: evaluate them and tell where the values lie."""
+    profile = open_profile(args.config)
+    with processes.team():
+        path = accept(profile, args.noises, args.only, Progress(quiet=not processes.leads()))
+    if processes.leads():
+        print(f"{path}: name it as `accepted` of evaluate and of report")
+
+
+def accept(profile: Profile, noises: int, only: list[str] | None, progress: Progress) -> Path:
+    """Evaluate a profile's models with so many noises each; the file of values by set.
+
+    Evaluations that are there already are not made again, and a killed run goes on where it was.
+
+    Args:
+        only: variants of evaluate; all that have noise where None.
+
+    Raises:
+        M2MError: inputs that are not whole, or an evaluation whose check does not hold.
+    """
+    folder = profile.outputs / ACCEPTED
+    metrics: dict[str, Metric] = {}
+    told: dict[str, Any] = {"noises": noises}
+    for stage in STAGES.values():
+        if stage.command != "evaluate" or (only and stage.variant not in only):
+            continue
+        _, config = stage.configured(profile, [])
+        if isinstance(config, EvaluationConfig) and config.has_noise:
+            run, digests = _evaluated(stage, profile, noises, folder, progress)
+            metrics |= of_part(run, read_per_set(run.out / PER_SET))
+            told[str(stage.variant)] = {"fingerprint": run.fingerprint, "inputs": digests}
+    if processes.leads():
+        artifacts.write_json(folder / "accepted.json", told)
+        write_per_set(folder / PER_SET, metrics)
+    return folder / PER_SET
+
+
+def _evaluated(
+    stage: Stage, profile: Profile, noises: int, folder: Path, progress: Progress
+) -> tuple[StageRun, dict[str, str]]:
+    """One evaluation, made unless it stands, and its inputs' digests; what other models or settings have left goes."""
+    function, config = stage.configured(profile, [f"noise_seeds={noises}", "accepted=null"])
+    inputs = {name: STAGES[key].folder(profile) for name, key in stage.inputs.items()}
+    manifests = {
+        name: artifacts.require_whole(path, STAGES[stage.inputs[name]].make_command(profile))
+        for name, path in inputs.items()
+    }
+    print_ = fingerprint(stage, configs.identity(config, profile.root), manifests)
+    place = folder / str(stage.variant)
+    run = StageRun(stage, profile, place / print_[:12], inputs, print_, progress)
+    done = run.out / "done"
+    if not done.is_file():
+        run.out.mkdir(parents=True, exist_ok=True)
+        progress.log(f"{stage.key}: {noises} noises")
+        function(config, run)
+        if why := run.summary["checks"]["metrics_finite"]:
+            raise CheckFailed(f"{stage.key}: {why}")
+        processes.wait_for_all()
+        if processes.leads():
+            artifacts.write_bytes(done, b"")
+            for other in place.iterdir():
+                if other != run.out:
+                    shutil.rmtree(other)
+    return run, {name: manifest.digest for name, manifest in manifests.items()}
