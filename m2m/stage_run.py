@@ -152,7 +152,8 @@ def run_stage(
     Args:
         shards: for partitioned stages, the ones to make; all by default.
         force: make it again although it is current. Of `shards`, those that were made again since the output stood
-            are kept: once all have been, it is put in its place.
+            are kept: once all have been, it is put in its place. The same Dagster run, launched again by a cluster
+            or a retry, goes on with what it has made.
 
     Raises:
         M2MError: bad settings, inputs that are not whole, or a check that does not hold.
@@ -187,15 +188,18 @@ def _lead(
     keys = None if shards is None else [shard_key(shard) for shard in shards]
     records(profile, stage).mkdir(parents=True, exist_ok=True)  # for DVC an out of every stage
     with _maybe_locked(profile, stage, progress), contextlib.ExitStack() as until_placed:
+        partial = final.with_name(f"{final.name}.partial-{print_[:12]}")
+        anew = force and shards is None  # of shards, others may be in the making here
+        begun = anew and _begun(profile, stage, print_, progress)
         artifacts.recover(final)
         current = artifacts.read_manifest(final)
         whole = current is not None and not artifacts.faults(final, current)
-        if current is not None and current.fingerprint == print_ and whole and not force:
+        forced = force and not (begun and not partial.exists())  # this run has put it in its place already
+        if current is not None and current.fingerprint == print_ and whole and not forced:
             progress.made(current, final, shards=keys, fresh=False)
             _drop_leftovers(final)
             return Outcome(final, current, False, f"{final} is current: nothing to do")
         function, config = stage.configured(profile, overrides)
-        partial = final.with_name(f"{final.name}.partial-{print_[:12]}")
         if current is not None and current.fingerprint == print_ and not whole and not partial.exists():
             if (there := artifacts.read_elsewhere(final)) is not None:
                 raise ArtifactError(
@@ -203,9 +207,11 @@ def _lead(
                     f"{there.url}` again, or remove the folder to make it anew here"
                 )
             os.rename(final, partial)  # damaged: keep its good parts, finish the rest
-        if force and shards is None:  # of shards, others may be in the making here
+        if anew and not begun:
             shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True, exist_ok=True)
+        if anew and not begun:
+            artifacts.write_json(_forced_note(profile, stage), _forced_by(print_, progress))
         run = StageRun(stage, profile, partial, folders, print_, progress, shards, force, until_placed=until_placed)
         started = time.time()
         manifest = artifacts.read_manifest(partial)
@@ -300,6 +306,20 @@ def _maybe_locked(profile: Profile, stage: Stage, progress: Progress):
     # several workers make the shards of one output: each locks the shard it makes, not the output
     name = f"worker-{os.getpid()}" if stage.partitioned else "output"
     return artifacts.locked(_lock_path(profile, stage, name), progress.log)
+
+
+def _forced_by(fingerprint: str, progress: Progress) -> dict[str, str]:
+    return {"fingerprint": fingerprint, **progress.job}
+
+
+def _forced_note(profile: Profile, stage: Stage) -> Path:
+    return _lock_path(profile, stage, "forced").with_suffix(".json")
+
+
+def _begun(profile: Profile, stage: Stage, fingerprint: str, progress: Progress) -> bool:
+    """Whether it was this Dagster run that last began to make the output again; a command typed twice is two runs."""
+    note = _forced_note(profile, stage)
+    return bool(progress.job) and note.exists() and json.loads(note.read_text()) == _forced_by(fingerprint, progress)
 
 
 def _lock_path(profile: Profile, stage: Stage, name: str) -> Path:

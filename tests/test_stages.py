@@ -1,5 +1,6 @@
 """Running a stage: current is left alone, stale is replaced when the new one is whole, a crash goes on."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -97,6 +98,42 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, stage):
     assert calls == ["wrote 0", "wrote 1", "wrote 2", "failed", "wrote 3", "wrote 4"]
     whole = run_stage(stage, profile(tmp_path / "b", times=5, fail_at=3), progress=quiet)
     assert whole.manifest and resumed.manifest and whole.manifest.encoded() == resumed.manifest.encoded()
+
+
+class OfRun(Progress):
+    """As a stage is heard that a Dagster run has launched."""
+
+    def __init__(self, run: str) -> None:
+        super().__init__(quiet=True)
+        self._run = run
+
+    @property
+    def job(self) -> dict[str, str]:
+        return {"Dagster run": self._run}
+
+
+def test_a_forced_launch_that_its_own_run_repeats_goes_on(tmp_path, stage):
+    """A cluster that requeues the job, a retry: what was made before it was forced is not kept, what came after is."""
+    made = profile(tmp_path, times=4, fail_at=2)
+    calls.append("failed")
+    run_stage(stage, made, progress=quiet)
+    for run, wrote in (("a", [0, 1]), ("b", [0, 1]), ("b", [2, 3]), ("b", []), ("a", [0, 1])):
+        calls.clear()
+        if wrote == [2, 3]:
+            calls.append("failed")
+        with contextlib.suppress(KeyboardInterrupt):
+            outcome = run_stage(stage, made, progress=OfRun(run), force=True)
+            assert outcome.fresh == bool(wrote)
+        assert [call for call in calls if call != "failed"] == [f"wrote {i}" for i in wrote]
+
+
+def test_a_forced_command_typed_twice_is_from_the_start_twice(tmp_path, stage):
+    made = profile(tmp_path, times=4, fail_at=2)
+    for failed in ([], ["failed"]):
+        calls[:] = failed
+        with contextlib.suppress(KeyboardInterrupt):
+            run_stage(stage, made, progress=quiet, force=True)
+        assert calls[len(failed) : len(failed) + 2] == ["wrote 0", "wrote 1"]
 
 
 def test_the_older_output_stands_until_the_new_one_is_whole(tmp_path, stage):

@@ -18,6 +18,8 @@ echo "$tmp" >"$root/tmp"
 export RAY_DISABLE_IMPORT_WARNING=1 RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=1
 # a lost node is noticed in seconds, not in half a minute
 export RAY_health_check_initial_delay_ms=1000 RAY_health_check_period_ms=1000 RAY_health_check_failure_threshold=5
+# or what else the machine does comes before every stage: Ray starts its workers with 15
+export RAY_worker_niceness=0
 common=(--num-cpus=8 --num-gpus=8 --memory=8000000000 --object-store-memory=100000000 --disable-usage-stats)
 ray start --head --node-ip-address=127.0.0.1 --port=6380 --dashboard-host=127.0.0.1 --dashboard-port=8266 \
   --temp-dir="$tmp" "${common[@]}" >"$root/up.log" 2>&1 || { tail -n 20 "$root/up.log" >&2; exit 1; }

@@ -13,7 +13,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from beside import beside
 from test_jobs_end_to_end import wait_for
 from toy_ground import Ground
 from toy_ray_definitions import ADDRESS, TOY, toy_launcher
@@ -75,30 +75,16 @@ class RayPlace:
         **settings: Any,
     ) -> dg.ExecuteInProcessResult:
         """Materialize one asset from this process, three shards of it where it has shards; `meanwhile` runs beside."""
-        failed: list[BaseException] = []
-
-        def beside() -> None:
-            try:
-                meanwhile()
-            except BaseException as error:
-                failed.append(error)
-                self.stop_jobs()  # or the run would wait for ever
-
-        thread = threading.Thread(target=beside)
-        thread.start()
         defs = build_defs(resource_overrides={"launcher": toy_launcher(**settings)})
         keys = {f"dagster/asset_partition_range_{end}": key for end, key in (("start", "00000"), ("end", "00002"))}
-        result = defs.resolve_job_def("m2m_pipeline").execute_in_process(
-            asset_selection=[dg.AssetKey(asset)],
-            run_config={"ops": {asset: {"config": {"overrides": [f"act={act}"]}}}},
-            tags=keys,
-            raise_on_error=False,
-            instance=self.instance,
-        )
-        thread.join()
-        for error in failed:
-            raise error
-        return result
+        with beside(meanwhile, self.stop_jobs):
+            return defs.resolve_job_def("m2m_pipeline").execute_in_process(
+                asset_selection=[dg.AssetKey(asset)],
+                run_config={"ops": {asset: {"config": {"overrides": [f"act={act}"]}}}},
+                tags=keys,
+                raise_on_error=False,
+                instance=self.instance,
+            )
 
     def make_here(self, command: str) -> None:
         """Run a toy stage without Dagster or Ray: what another reads."""

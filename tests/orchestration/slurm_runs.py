@@ -7,11 +7,11 @@ import contextlib
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import dagster as dg
 import pytest
+from beside import beside
 from toy_ground import Ground
 from toy_slurm_definitions import LAUNCHER
 
@@ -54,28 +54,14 @@ def execute_on_slurm(
 ) -> dg.ExecuteInProcessResult:
     """Materialize one asset from this process, three shards of it where it has shards."""
     monkeypatch.setattr(launching, "PROFILE", profile)
-    failed: list[BaseException] = []
-
-    def beside() -> None:
-        try:
-            meanwhile()
-        except BaseException as error:
-            failed.append(error)
-            subprocess.run(["scancel", "--me"], check=False)  # or the run would wait for ever
-
-    thread = threading.Thread(target=beside)
-    thread.start()
     defs = build_defs(resource_overrides={"launcher": launcher})
-    result = defs.resolve_job_def("m2m_pipeline").execute_in_process(
-        asset_selection=[dg.AssetKey(asset)],
-        tags=dict(zip(("dagster/asset_partition_range_start", "dagster/asset_partition_range_end"), SHARDS)),
-        run_config={"ops": {asset: {"config": {"overrides": list(overrides)}}}},
-        raise_on_error=False,
-    )
-    thread.join()
-    for error in failed:
-        raise error
-    return result
+    with beside(meanwhile, lambda: subprocess.run(["scancel", "--me"], check=False)):
+        return defs.resolve_job_def("m2m_pipeline").execute_in_process(
+            asset_selection=[dg.AssetKey(asset)],
+            tags=dict(zip(("dagster/asset_partition_range_start", "dagster/asset_partition_range_end"), SHARDS)),
+            run_config={"ops": {asset: {"config": {"overrides": list(overrides)}}}},
+            raise_on_error=False,
+        )
 
 
 def why(result: dg.ExecuteInProcessResult) -> str:

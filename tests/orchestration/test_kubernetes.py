@@ -16,6 +16,7 @@ pytest.importorskip("kubernetes", reason="the kubernetes client is not installed
 pytest.importorskip("dagster_k8s", reason="dagster-k8s is not installed: pip install 'm2m[kubernetes]'")
 pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
 
+from beside import beside
 from kubernetes_cluster import IMAGE, NAMESPACE, Cluster, Refusal
 from kubernetes_server import kubernetes
 from test_jobs_end_to_end import wait_for
@@ -98,14 +99,12 @@ def test_a_stage_that_was_stopped_after_a_checkpoint_goes_on_in_another_pod(plac
 def struck(place, ground, strike, act="sleep once", **settings):
     """A run whose first pod is struck while its stage works; what Dagster logged of it."""
 
-    def beside():
+    def strike_when_asleep():
         wait_for(lambda: (ground.outputs / "asleep").exists())
         strike(next(iter(place.cluster.kubelets)))
 
-    thread = threading.Thread(target=beside)
-    thread.start()
-    result = place.run("filtered_captions", act, **settings)
-    thread.join()
+    with beside(strike_when_asleep):
+        result = place.run("filtered_captions", act, **settings)
     return result, [entry.user_message for entry in place.instance.all_logs(result.run_id)]
 
 
@@ -155,10 +154,8 @@ def test_a_cluster_that_is_silent_for_a_while_is_waited_for(place, ground):
         place.cluster.silent = False
         (ground.outputs / "wake").touch()
 
-    silencing = threading.Thread(target=silence)
-    silencing.start()
-    result = place.run("filtered_captions", "wait")
-    silencing.join()
+    with beside(silence):
+        result = place.run("filtered_captions", "wait")
     assert result.success and len(place.cluster.kubelets) == 1
 
 
@@ -220,10 +217,8 @@ def test_a_job_that_a_lost_run_left_is_taken_up_and_not_launched_twice(place, gr
         wait_for(lambda: any(tag.startswith(launching.JOB_TAG) for run in going() for tag in run.tags))
         (ground.outputs / "wake").touch()
 
-    waking = threading.Thread(target=wake_when_followed)
-    waking.start()
-    assert place.run("filtered_captions", "wait").success
-    waking.join()
+    with beside(wake_when_followed):
+        assert place.run("filtered_captions", "wait").success
     assert len(place.cluster.created) == 1 and len(place.cluster.kubelets) == 1
 
 
@@ -284,10 +279,8 @@ def test_a_quota_that_others_use_up_is_waited_for(place):
         time.sleep(1.5)  # longer than what is wrong may last
         place.cluster.no_pods = None
 
-    freeing = threading.Thread(target=free)
-    freeing.start()
-    result = place.run("filtered_captions")
-    freeing.join()
+    with beside(free):
+        result = place.run("filtered_captions")
     assert result.success
     log = [entry.user_message for entry in place.instance.all_logs(result.run_id)]
     assert any("no pods yet; the cluster makes no pod" in line and "exceeded quota" in line for line in log)

@@ -109,16 +109,17 @@ def test_a_job_that_is_stopped_by_hand_is_not_tried_again(place: RayPlace):
     assert len(place.jobs()) == 1
 
 
-def test_a_cancelled_run_leaves_no_process(place: RayPlace):
+def test_a_cancelled_run_leaves_no_process_and_loses_no_step(place: RayPlace):
     with place.started(*materialize("steps")) as process:
         stage = place.at_the_gate()
         process.send_signal(signal.SIGINT)
-        asked = time.monotonic()
         wait_for(lambda: is_gone(stage), 30)
-        assert time.monotonic() - asked <= 10  # 5 where other work leaves the machine some room
         process.wait(30)
     (job,) = place.jobs()
     assert job.status.value == "STOPPED"
+    place.open_the_gate()
+    assert place.run(act="steps").success
+    assert not steps_done_twice(place, "training")  # the stage was asked, and saved the step that it was at
 
 
 def test_after_kill_9_of_dagster_the_job_is_taken_up_and_not_launched_twice(place: RayPlace):

@@ -24,7 +24,9 @@ def generate(run: StageRun, shard: int) -> None:
     with run.lock(f"shard-{shard}"):
         whole = run.out / f"{shard:05d}.txt"
         placed = run.stage.folder(run.profile) / whole.name  # another task may have put all in place meanwhile
-        if whole.exists() or placed.exists():
+        if whole.exists():  # not written again: another task may be putting it in its place
+            return
+        if placed.exists():
             artifacts.write_bytes(whole, str(shard).encode())
             return
         for step in range(1, STEPS + 1):
