@@ -53,7 +53,7 @@ demo: install $(DAGSTER_HOME)/dagster.yaml ## the whole job with the tiny models
 	@echo
 	@echo "The report: $$($(RUN) -c 'from m2m.config import load_profile; print(load_profile().outputs)')/report/report.html"
 
-claims: install ## the claims on the shipped tiny weights, measured anew into docs/results (three quarters of an hour)
+claims: install ## the claims on the shipped tiny weights, measured anew into docs/results (half an hour)
 	@for stage in filter-captions generate-sets cache-features "pretrain --variant self" "pretrain --variant dino"; do \
 	  $(RUN) -m m2m $$stage --config tiny_claims; done
 	@for evaluation in preceding_images consistency rollouts; do \
