@@ -15,6 +15,8 @@ PAPER_SIZE = ("step_time",)
 ON_GPUS = ("training_speed",)
 DATA = ("captions", "reads", "epoch_order", "waiting", "generation", "killed_generation", "damaged_shards")
 
+EVALUATION = ("evaluation_numbers", "evaluation_gate")  # the two others take half an hour
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="all benchmarks; further arguments go to each that runs models")
@@ -22,8 +24,8 @@ def main() -> int:
     given, further = parser.parse_known_args()
     rows = []
     paper_size = PAPER_SIZE + (ON_GPUS if "cuda" in further else ())
-    for name in SMALL + OF_RUNS + (paper_size if given.paper_size else ()) + DATA:
-        told = [] if name in DATA else further
+    for name in SMALL + OF_RUNS + (paper_size if given.paper_size else ()) + DATA + EVALUATION:
+        told = [] if name in DATA + EVALUATION else further
         ran = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *told], stdout=subprocess.PIPE, text=True)
         lines = ran.stdout.splitlines()
         print("\n".join(lines[:-1]), flush=True)

@@ -25,8 +25,8 @@ from m2m.progress import Progress
 from m2m.stage_run import StageRun
 from m2m.stages import STAGES
 
-_SETS, _IMAGES, _TWENTY, _WORSE_SEEDS = 34, 6, 20, 5
-_TRUTH = 8
+_SETS, _IMAGES, _TWENTY, _WORSE_SEEDS = 34, 6, 20, 3
+_TRUTH = 4
 """Noises by which it is known how much worse a worse model truly is."""
 _PARTS = {
     "table_1": ["sets=34", "num_images=1"],

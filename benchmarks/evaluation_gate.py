@@ -34,7 +34,7 @@ class Ended:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=400, help="evaluations of each kind, whole twenties")
+    parser.add_argument("--rounds", type=int, default=200, help="evaluations of each kind, whole twenties")
     rounds = parser.parse_args().rounds
     figures: dict[str, float] = {}
     caught: list[float] = []

@@ -20,8 +20,8 @@ from m2m.evaluation.per_set import Metric
 
 HEADLINES = ("table_1: M2M-Self: Image-Image CLIP ↑", "table_1: M2M-DINO: Image-Image CLIP ↑")
 FALSE_ALARMS = 0.015
-"""How often an unchanged model, evaluated again with other seeds, is refused at most: twenty times, and in 96 % of cases
-there is no more than one false alarm."""
+"""How often at most an unchanged model, evaluated again with other seeds, is refused: twenty times, and in 96 % of
+cases there is no more than one false alarm."""
 WORSENING, MISSED = 2.0, 0.05
 """A true worsening by so many standard errors of one evaluation with one noise passes at most this often."""
 LOOKS = (1, 4, 8, 16)

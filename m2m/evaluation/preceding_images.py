@@ -21,11 +21,11 @@ from m2m.evaluation.agreement import SHARED_RATE, Agreement, Trials, agreement, 
 from m2m.evaluation.encoders import ClassifierBackbone, Clip, Reader
 from m2m.evaluation.grids import write_grid
 from m2m.evaluation.instruments import Tools, prove
-from m2m.evaluation.kept_and_varying import KEPT, TABLE, VARYING
 from m2m.evaluation.measures import cosine, rmse
 from m2m.evaluation.noises import over_noises
 from m2m.evaluation.per_set import PerSet
 from m2m.evaluation.planted import PLANTED, PlantedSampler, WorldSets
+from m2m.evaluation.preceding_curves import KEPT, LIKENESS, LIKENESS_BY_SET, TABLE, VARYING
 from m2m.evaluation.protocol import (
     Continues,
     EvaluationConfig,
@@ -224,8 +224,8 @@ class _Told:
                     f"{name}, {'no guidance scale' if guidance is None else f'guidance {guidance:g}'}, {count} before"
                 )
                 better = "neither" if guidance is None else "higher"
-                like = self.per_set.add(f"{place}: CLIP to all preceding", found["clip"][:, g, k] * 100, better)
-                row["CLIP to all preceding"] = like.mean
+                like = self.per_set.add(f"{place}: {LIKENESS_BY_SET}", found["clip"][:, g, k] * 100, better)
+                row[LIKENESS_BY_SET] = like.mean
                 if trials.labels is not None:
                     kinds = agreement(trials, found["read"][:, g, k], count, self._priors, accuracy)
                     for kind, title in _KINDS.items():
@@ -253,7 +253,7 @@ class _Told:
 
     def conclude(self, guidances: Sequence[float], accuracy: Mapping[str, float]) -> None:
         self._run.table(TABLE, self.rows)
-        for key, title in {"agreement": "Agreement", "CLIP to all preceding": "CLIP likeness"}.items():
+        for key, title in {"agreement": "Agreement", LIKENESS_BY_SET: LIKENESS}.items():
             if key in self.rows[0]:
                 for guidance in guidances:
                     self._run.curve(f"{title}, guidance {guidance:g}", self._columns(key, guidance))
@@ -282,7 +282,7 @@ class _Told:
         config, most = self._config, max(self._config.preceding)
         for row in self.rows:
             if row["preceding images"] == most and row["guidance"] == config.sampling.guidance_scale:
-                key = "agreement" if "agreement" in row else "CLIP to all preceding"
+                key = "agreement" if "agreement" in row else LIKENESS_BY_SET
                 self._run.figure(**{f"{row['model']}: {key} after {most}": row[key]})
         self._run.count(
             trials=config.trials, generated_images=config.trials * len(guidances) * len(config.preceding) * 2

@@ -18,9 +18,9 @@ from m2m.config import Source, StageConfig
 from m2m.errors import ArtifactError
 from m2m.evaluation.curves import CURVES, write_curves
 from m2m.evaluation.gate import FALSE_ALARMS, HEADLINES, WORSENING, gate, regressions, undecided
-from m2m.evaluation.kept_and_varying import TABLE, kept_and_varying
 from m2m.evaluation.page import data_uri, inside, missing_from, render
 from m2m.evaluation.per_set import PER_SET, Metric, open_per_set, read_per_set, write_per_set
+from m2m.evaluation.preceding_curves import TABLE, kept_and_varying, with_errors
 from m2m.evaluation.protocol import METRICS
 from m2m.stage_run import StageRun
 from m2m.stages import STAGES, Stage
@@ -242,16 +242,16 @@ def _section(run: StageRun, name: str, folder: Path) -> Section:
         raise ArtifactError(f"{folder} is not whole. Make it with: {stage.make_command(run.profile)}")
     record = _run_record(run.profile.outputs / "runs" / stage.key, manifest)
     per_set = read_per_set(folder / PER_SET) if (folder / PER_SET).is_file() else {}
-    summary = _with_derived_curves(artifacts.read_summary(folder), manifest)
+    summary = _with_derived_curves(artifacts.read_summary(folder), manifest, per_set)
     return Section(stage, folder, manifest, summary, record.get("seconds"), record, per_set)
 
 
-def _with_derived_curves(summary: Summary, manifest: Manifest) -> Summary:
-    """What a table of the evaluation shows as a curve, too, before its other curves."""
+def _with_derived_curves(summary: Summary, manifest: Manifest, per_set: Mapping[str, Metric]) -> Summary:
+    """What a table of the evaluation shows as a curve, too, before its other curves; errors where these lack them."""
     guidance = (manifest.config.get("sampling") or {}).get("guidance_scale")
     rows = summary.tables.get(TABLE, [])
     derived = kept_and_varying(rows, [1.0] if guidance is None else sorted({1.0, float(guidance)}))
-    return summary.model_copy(update={"curves": {**derived, **summary.curves}})
+    return summary.model_copy(update={"curves": {**derived, **with_errors(summary.curves, per_set)}})
 
 
 def _run_record(folder: Path, manifest: Manifest) -> dict[str, Any]:

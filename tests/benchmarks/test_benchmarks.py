@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import benchmarks.models
-from benchmarks.__main__ import DATA, PAPER_SIZE, SMALL
+from benchmarks.__main__ import DATA, EVALUATION, PAPER_SIZE, SMALL
 from benchmarks.measuring import Machine, Report
 
 STAND_IN = benchmarks.models.SMALL_UNET | {"cross_attention_dim": 1024}
@@ -59,6 +59,17 @@ def test_a_benchmark_of_data_ends_with_its_figures(monkeypatch, capsys, name, ar
     assert name in DATA and ended["name"] == name and ended["ok"] == (code == 0)
     assert ended["figures"].keys() >= ended["reach"].keys() > set()
     assert not ended["figures"].get("differences") and not ended["figures"].get("fuzzed_differences")
+
+
+@pytest.mark.parametrize("name, argv", [("evaluation_numbers", []), ("evaluation_gate", ["--rounds", "20"])])
+def test_a_benchmark_of_the_evaluation_reaches_what_it_promises(monkeypatch, capsys, name, argv):
+    monkeypatch.setattr("sys.argv", [name, *argv])
+    module = importlib.import_module(f"benchmarks.{name}")
+    if name == "evaluation_gate":
+        monkeypatch.setattr(module, "_SHARES", {"sets_differ_most": 0.16})
+    module.main()
+    ended = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert name in EVALUATION and ended["name"] == name and ended["ok"], ended
 
 
 def test_a_report_falls_short_where_a_figure_does(capsys, monkeypatch):

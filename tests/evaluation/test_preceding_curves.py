@@ -1,9 +1,12 @@
-"""The curve of Fig. 6: what is shared is kept, and what is not goes on varying."""
+"""Curves of Fig. 6: what is shared is kept, and what is not goes on varying."""
 
 import math
 
+import numpy as np
+
 from m2m.evaluation.charts import chart
-from m2m.evaluation.kept_and_varying import KEPT, VARYING, kept_and_varying
+from m2m.evaluation.per_set import PerSet
+from m2m.evaluation.preceding_curves import KEPT, VARYING, kept_and_varying, with_errors
 
 
 def _row(model: str, guidance: float | None, count: int, kept: float, varying: float | None) -> dict:
@@ -44,3 +47,14 @@ def test_a_models_two_lines_have_one_colour_and_what_is_no_case_is_no_point():
     assert drawn.count("<circle") == 3 * 2 + 3 * 1 and drawn.count('class="error"') == 2 * 2 + 2 * 1
     assert drawn.count("background:var(--self)") == drawn.count("background:var(--dino)") == 2
     assert drawn.count('class="hollow"') == 3 and drawn.count('stroke-dasharray="6 5"') == 2
+
+
+def test_likeness_has_the_errors_of_its_values_by_set():
+    told = PerSet()
+    for count in (1, 4):
+        told.add(f"M2M-Self, guidance 7.5, {count} before: CLIP to all preceding", np.array([1.0, 3.0]) * count)
+        told.add(f"planted: oracle, no guidance scale, {count} before: CLIP to all preceding", np.array([5.0, 5.0]))
+    curve = {"preceding images": [1.0, 4.0], "M2M-Self": [2.0, 8.0], "planted: oracle": [5.0, 5.0], "other": [1.0, 1.0]}
+    found = with_errors({"CLIP likeness, guidance 7.5": curve, "Agreement": curve}, told.metrics)
+    assert found["CLIP likeness, guidance 7.5"] == {**curve, "M2M-Self ±": [1.0, 4.0], "planted: oracle ±": [0.0, 0.0]}
+    assert found["Agreement"] == curve

@@ -1,8 +1,9 @@
-"""The curve of Fig. 6 from its table: what sets share is kept, and what differs in them goes on varying.
+"""Curves of Fig. 6 that the report makes of an evaluation's table and values by set.
 
-A model that copies keeps everything, one that guesses varies everything: only both lines together tell.
+What sets share is kept, and what differs in them goes on varying: a model that copies keeps everything, one that
+guesses varies everything, and only both lines together tell.
 
-Belongs here: this curve. Not here: the table (`m2m.evaluation.preceding_images`), drawing (`m2m.evaluation.charts`).
+Belongs here: these curves. Not here: the table (`m2m.evaluation.preceding_images`), drawing (`m2m.evaluation.charts`).
 """
 
 import math
@@ -10,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m2m.evaluation.charts import ERROR
+from m2m.evaluation.per_set import Metric
 
 TABLE = "By number of preceding images"
 KEPT, VARYING = "kept where shared", "agreement where they vary"
+LIKENESS, LIKENESS_BY_SET = "CLIP likeness", "CLIP to all preceding"
 _X, _IDEAL, _CHANCE = "preceding images", "ideal observer", "chance"
 
 
@@ -43,6 +46,27 @@ def kept_and_varying(
             columns[f"{_IDEAL}: {KEPT}"] = [_number(row.get(_IDEAL)) for row in reach]
             columns[f"{_IDEAL}: {VARYING}"] = [_number(row.get(_CHANCE)) for row in reach]
             found[f"Kept and varying, guidance {guidance:g}"] = columns
+    return found
+
+
+def with_errors(
+    curves: Mapping[str, Mapping[str, list[float]]], per_set: Mapping[str, Metric]
+) -> dict[str, dict[str, list[float]]]:
+    """Curves of likeness with the standard errors over trials of each of their points; others as they are."""
+    found = {name: dict(columns) for name, columns in curves.items()}
+    for name, columns in found.items():
+        title, _, guidance = name.partition(", ")
+        if title != LIKENESS:
+            continue
+        for model in [key for key in columns if key != _X and not key.endswith(ERROR)]:
+            points = [
+                per_set.get(f"{model}, {scale}, {count:g} before: {LIKENESS_BY_SET}")
+                for scale in (guidance, "no guidance scale")
+                for count in columns[_X]
+            ]
+            errors = [float(one.error) for one in points if one is not None and one.error is not None]
+            if len(errors) == len(columns[_X]):
+                columns[f"{model}{ERROR}"] = errors
     return found
 
 
