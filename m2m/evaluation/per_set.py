@@ -88,7 +88,7 @@ def write_per_set(path: Path, metrics: dict[str, Metric]) -> None:
             np.repeat(np.array([m.better for m in metrics.values()], object), counts), pa.string()
         ).dictionary_encode(),
     ]
-    names = list(_COLUMNS)
+    names: list[str] = list(_COLUMNS)
     if any(metric.noises > 1 for metric in metrics.values()):
         names += _OF_NOISES
         spreads = [np.zeros(len(m.values)) if m.spread is None else m.spread for m in metrics.values()]

@@ -14,6 +14,7 @@ from m2m.evaluation.per_set import PER_SET, read_per_set
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"preceding": 2, "num_images": 2, "backbone": "classifier", "inception": "classifier", "batch": 1}
+SETTINGS |= {"noise_seeds": 2}
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -55,7 +56,7 @@ def test_any_number_of_processes_finds_the_same(small_world, evaluate, tmp_path)
     ]
     said = [process.communicate(timeout=560) for process in started]
     assert [process.returncode for process in started] == [0, 0, 0], [errors for _, errors in said]
-    assert [out.split() for out, _ in said] == [["4"]] * 3  # two models' six batches each, shared evenly
+    assert [out.split() for out, _ in said] == [["8"]] * 3  # two noises, two models, six batches each, shared evenly
     assert sorted(path.name for path in together.iterdir()) == sorted(path.name for path in alone.iterdir())
     for name in ("M2M-Self.png", "M2M-DINO.png"):
         assert (alone / name).read_bytes() == (together / name).read_bytes()
