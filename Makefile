@@ -67,7 +67,7 @@ bench: install ## the promises of speed, memory and exactness, measured (benchma
 	@$(RUN) -m benchmarks
 
 test-services: $(VENV)/.installed-services ## the tests that need services (Slurm, Ray, Postgres, S3, a browser): started on loopback, ended after them
-	@trap 'services/slurm/down.sh; services/postgres/down.sh; services/ray/down.sh' EXIT; \
+	@trap 'for one in slurm postgres ray; do services/$$one/down.sh || true; done' EXIT; \
 	services/slurm/up.sh 2 || test $$? = 77; \
 	services/postgres/up.sh || test $$? = 77; \
 	PYTHON=$(CURDIR)/$(RUN) services/ray/up.sh || test $$? = 77; \

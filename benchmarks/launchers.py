@@ -1,8 +1,9 @@
-"""What a launcher adds to the time of a stage, and how soon a cancelled run's stage is gone: local, and Slurm.
+"""What a launcher adds to the time of a stage, and how soon a cancelled run's stage is gone: local, Slurm and Ray.
 
 Overhead: the real `filter-captions` on a few captions; its command is timed where it runs, the launch around it.
-Cancel: as the UI does it, over GraphQL of a web server on loopback, until the process or job is gone. Slurm is measured
-where one answers: `services/slurm/up.sh`, then SLURM_CONF as it says.
+Cancel: as the UI does it, over GraphQL of a web server on loopback, until the process or job is gone. Slurm and Ray are
+measured where they answer: `services/slurm/up.sh`, then SLURM_CONF as it says; `services/ray/up.sh`, then RAY_ADDRESS.
+Of Ray only the cancel.
 """
 
 import contextlib
@@ -44,10 +45,12 @@ def main() -> int:
         kinds = ["local", *(["slurm"] if _slurm_answers() else [])]
         for kind in kinds:
             report.at_most(f"{kind}: overhead of a launch, s", _overhead(folder, kind, machine.repeats), _LIMITS[kind])
-        for kind in kinds:
+        for kind in [*kinds, *(["ray"] if _ray_answers() else [])]:
             seconds = [_cancelled(folder, kind, _SLEEP) for _ in range(3)]
             report.at_most(f"{kind}: cancelled over GraphQL to gone, s", max(seconds), 5)
             report.figure(f"{kind}: the same, SIGTERM ignored, {_GRACE:g} s of grace", _cancelled(folder, kind, _DEAF))
+    if not _ray_answers():
+        print("  Ray: not measured, none answers: services/ray/up.sh starts one")
     if "slurm" not in kinds:
         print("  Slurm: not measured, none answers: services/slurm/up.sh starts one")
     return report.close()
@@ -123,7 +126,7 @@ def _cancelled(folder: Path, kind: str, command: str) -> float:
         pid = begun.read_text().strip()
         asked = time.monotonic()
         ask(_TERMINATE, run=told["run"]["runId"])
-        _wait(lambda: not Path("/proc", pid).exists() and (kind == "local" or not _squeue()))
+        _wait(lambda: not Path("/proc", pid).exists() and (kind != "slurm" or not _squeue()))
         return time.monotonic() - asked
 
 
@@ -167,6 +170,13 @@ def _wait(happens: Callable[[], object], seconds: float = 120) -> None:
 
 def _slurm_answers() -> bool:
     return bool(shutil.which("scontrol")) and subprocess.run(["scontrol", "ping"], capture_output=True).returncode == 0
+
+
+def _ray_answers() -> bool:
+    with contextlib.suppress(OSError, KeyError):
+        urllib.request.urlopen(f"{os.environ['RAY_ADDRESS']}/api/jobs/", timeout=10).close()
+        return True
+    return False
 
 
 def _squeue() -> Sequence[str]:

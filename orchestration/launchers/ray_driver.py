@@ -27,6 +27,8 @@ STARTED = "the nodes' environment is there"
 _RESTARTS = 20
 _PEERS = 60.0  # seconds: what one node of a training is told at once by its lost peers, Ray notices later
 _LINES = 40
+_STOP = "stop"
+"""A file in the launch's folder that asks its commands to end: Ray's own word takes seconds on a busy machine."""
 
 
 def main() -> int:
@@ -42,9 +44,10 @@ def main() -> int:
         return _failed(lacking)
     running = _together(ray, told) if told["shared"] else _one_by_one(ray, told)
     leave = max(told["grace_seconds"] - 0.5, 0.5)  # Ray's SIGKILL comes at the end of it
+    stop = Path(told["folder"]) / _STOP
 
     def end(*_: object) -> None:
-        _cancel(ray, running, leave)
+        _cancel(ray, running, leave, stop)
         os._exit(STOPPED)
 
     signal.signal(signal.SIGTERM, end)
@@ -54,24 +57,30 @@ def main() -> int:
         if not done:
             break
         codes.append(_code(ray, done[0], Path(told["folder"]), running.index(done[0]), told["stage"]))
-    _cancel(ray, waiting, leave)
+    _cancel(ray, waiting, leave, stop)
     if told["shared"] and STOPPED in codes:  # of the others' errors it is the cause
         return STOPPED
     return next((code for code in codes if code not in (0, STOPPED)), max(codes))
 
 
 def work(command: list[str], environment: dict[str, str], checkout: str, out: str, err: str) -> int:
-    """One command on the node where the task is; its exit code."""
+    """One command on the node where the task is; its exit code. Asked to end once, it may take its time."""
+    stop, asked = Path(out).with_name(_STOP), False
     with open(out, "ab") as stdout, open(err, "ab") as stderr:
         process = subprocess.Popen(
             tied(command), env=os.environ | environment, cwd=checkout, stdout=stdout, stderr=stderr
         )
-        try:
-            while process.poll() is None:
-                time.sleep(0.1)  # Ray's cancel interrupts Python between two steps, and no wait() of the system's
-        except KeyboardInterrupt:
-            process.terminate()
-        return process.wait()
+        while True:
+            try:
+                while process.poll() is None:
+                    if not asked and stop.exists():
+                        raise KeyboardInterrupt
+                    time.sleep(0.1)  # Ray's cancel interrupts Python between two steps, and no wait() of the system's
+                return process.returncode
+            except KeyboardInterrupt:
+                if not asked:
+                    asked = True
+                    process.terminate()
 
 
 def _code(ray: Any, task: Any, folder: Path, index: int, stage: str) -> int:
@@ -92,8 +101,10 @@ def _code(ray: Any, task: Any, folder: Path, index: int, stage: str) -> int:
     return code if code >= 0 else 128 - code  # as a shell tells of a signal
 
 
-def _cancel(ray: Any, tasks: Sequence[Any], seconds: float) -> None:
+def _cancel(ray: Any, tasks: Sequence[Any], seconds: float, stop: Path) -> None:
     """End tasks, and with them their commands, which have some time to save what they have."""
+    if tasks:
+        stop.touch()
     for task in tasks:
         ray.cancel(task)  # as Ctrl-C in the task
     if tasks:

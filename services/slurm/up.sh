@@ -7,7 +7,6 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 root=${M2M_SERVICES:-$here/.services}/slurm
 nodes=${1:-1}
-port=${M2M_SLURM_PORT:-16817} # and one more for each node
 cpus=${SLURM_CPUS:-16} # of each node, pretended as well: nothing is pinned
 user=$(id -un)
 host=$(hostname -s)
@@ -22,6 +21,8 @@ if ! there; then
   install || { apt-get update -qq >/dev/null 2>&1; install; } || cannot "apt-get can't install slurm-wlm and munge"
 fi
 "$(dirname "${BASH_SOURCE[0]}")/down.sh"
+. "$here/services/free_ports.sh"
+port=$(free_ports "${M2M_SLURM_PORT:-16817}" $((nodes + 1))) # and one more for each node
 
 mkdir -p "$root"/{state,log,run,dev,munge}
 chmod 755 "$root" "$root/munge"

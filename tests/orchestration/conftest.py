@@ -9,12 +9,19 @@ import pytest
 from m2m.config import load_profile
 
 sys.path.insert(0, str(Path(__file__).parent))
+from small_stages import Small
 from toy_ground import Ground
 
 
 @pytest.fixture
 def ground(tmp_path) -> Ground:
     return Ground.laid(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory) -> Small:
+    """What an undisturbed run of the real stages makes."""
+    return Small.made_here(tmp_path_factory.mktemp("unbroken"))
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from typing import Any
 import dagster as dg
 import pytest
 from beside import beside
+from own_services import where
 from test_jobs_end_to_end import wait_for
 from toy_ground import Ground
 from toy_ray_definitions import ADDRESS, TOY, toy_launcher
@@ -29,7 +30,8 @@ from m2m.config import load_profile
 from orchestration.definitions import build_defs
 from orchestration.launchers import ray as launching
 
-_GCS = "127.0.0.1:6380"
+_GCS = where("ray", "gcs")
+_PATIENCE = 240  # seconds: a node, a job and a task start several Pythons each, on a machine that may be busy
 
 
 def _missing() -> str:
@@ -105,11 +107,14 @@ class RayPlace:
     def asleep(self) -> int:
         """The pid of the stage that has begun to wait."""
         file = self.outputs / "asleep"
-        return int(wait_for(lambda: file.exists() and file.read_text()))
+        return int(wait_for(lambda: file.exists() and file.read_text(), _PATIENCE))
 
     def at_the_gate(self, what: str = "training") -> int:
         """The pid of the stage that has come so far."""
-        return int(wait_for(lambda: [step.split()[2] for step in self.steps() if step.startswith(f"{what} 8 ")])[0])
+        return int(wait_for(lambda: self._pids_at_the_gate(what), _PATIENCE)[0])
+
+    def _pids_at_the_gate(self, what: str) -> list[str]:
+        return [step.split()[2] for step in self.steps() if step.startswith(f"{what} 8 ")]
 
     def open_the_gate(self) -> None:
         (self.outputs / "gate").touch()
@@ -161,7 +166,7 @@ def one_more_node(**resources: float) -> Iterator[None]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        wait_for(lambda: _amount(name) >= before + resources[name], 60)
+        wait_for(lambda: _amount(name) >= before + resources[name], _PATIENCE)
         yield
     finally:
         node.terminate()

@@ -11,10 +11,11 @@ from urllib.parse import urlsplit
 import dagster as dg
 import pytest
 import yaml
+from own_services import where
 from served import dagster, wait_for
 from toy_ground import ROOT
 
-URL = os.environ.get("M2M_PG_URL") or "postgresql+psycopg2://m2m:m2m@127.0.0.1:15432/m2m"
+URL = where("postgres")
 
 
 def _missing() -> str:

@@ -11,7 +11,7 @@ import torch
 import yaml
 from ray_ground import needs_ray
 from safetensors.torch import load_file
-from test_slurm_real_stages import Small, read_log, unbroken, with_sets  # noqa: F401
+from small_stages import Small, read_log, with_sets
 from toy_ray_definitions import ADDRESS
 
 from orchestration.definitions import build_defs
@@ -21,7 +21,7 @@ from orchestration.launchers.ray import RayLauncher
 pytestmark = [*needs_ray, pytest.mark.timeout(600)]
 
 
-def test_two_nodes_train_what_one_process_trains(unbroken: Small, tmp_path, monkeypatch):  # noqa: F811
+def test_two_nodes_train_what_one_process_trains(unbroken: Small, tmp_path, monkeypatch):
     """Gloo on CPUs; sums over processes are taken in another order, hence a tolerance."""
     small = Small(tmp_path / "small.yaml", tmp_path / "outputs")
     shutil.copy(unbroken.path, small.path)

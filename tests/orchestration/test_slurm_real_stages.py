@@ -4,15 +4,11 @@ What clusters can do is all in `test_slurm_faults`, with toys that keep their wo
 on the stages themselves; most of it is marked slow.
 """
 
-import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import dagster as dg
@@ -22,73 +18,13 @@ import yaml
 from safetensors.torch import load_file
 from slurm_ground import at_its_limit, jobs, kill_daemon, remembered, running, slurm, start_daemon, take_away, wait_for
 from slurm_runs import execute_on_slurm, retries, why
-from toy_ground import ROOT
+from small_stages import Small, read_log, with_sets
 
-from m2m.artifacts import MANIFEST
-from m2m.config import Profile, load_profile
 from m2m.stages import STAGES, Stage
-from m2m.training.log import LOG
 from m2m.training.loop import CHECKPOINTS
 from orchestration.launchers.slurm import SlurmLauncher
 
 pytestmark = [pytest.mark.services, pytest.mark.usefixtures("own_slurm"), pytest.mark.timeout(600)]
-SMALLER = {
-    "generate-sets": {
-        "shards": 3,
-        "sets_per_shard": 4,
-        "per_split": {"train": 8, "validation": 2, "test": 2},
-        "images_per_set": 6,
-        "steps": 8,
-        "compute": {"threads": 1},
-    },
-    "pretrain": {
-        "batch": 4,
-        "micro_batch": 2,
-        "steps": 8,
-        "checkpoint_every": 2,
-        "validation_sets": 2,
-        "sample_sets": 1,
-        "num_inference_steps": 2,
-        "validate_every": 4,
-        "compute": {"threads": 1},
-    },
-}
-
-
-@dataclass(frozen=True)
-class Small:
-    """A small profile, and where its outputs lie."""
-
-    path: Path
-    outputs: Path
-
-    @property
-    def profile(self) -> Profile:
-        return load_profile(self.path)
-
-    def folder(self, stage: Stage) -> Path:
-        return self.outputs / "small" / stage.command / (stage.variant or "")
-
-    def manifest(self, stage: Stage) -> bytes:
-        return (self.folder(stage) / MANIFEST).read_bytes()
-
-    def make(self, stage: Stage) -> None:
-        command = [sys.executable, "-m", "m2m", *stage.argv, "--config", str(self.path)]
-        subprocess.run(command, cwd=ROOT, env=os.environ | {"M2M_OUTPUTS": str(self.outputs)}, check=True)
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory) -> Small:
-    """All of it made by commands of this machine, one process each."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    settings = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
-    for section, smaller in SMALLER.items():
-        settings[section].update(smaller)
-    (folder / "small.yaml").write_text(yaml.safe_dump(settings))
-    small = Small(folder / "small.yaml", folder / "outputs")
-    for key in ("filter-captions", "generate-sets", "pretrain@self"):
-        small.make(STAGES[key])
-    return small
 
 
 @pytest.fixture
@@ -115,12 +51,6 @@ def run(small, monkeypatch) -> Callable[..., dg.ExecuteInProcessResult]:
     return run
 
 
-def with_sets(small: Small, unbroken: Small) -> Stage:
-    """The stage that trains on image sets, and the sets."""
-    shutil.copytree(unbroken.folder(STAGES["generate-sets"]), small.folder(STAGES["generate-sets"]))
-    return STAGES["pretrain@self"]
-
-
 def in_the_midst(small: Small, stage: Stage) -> tuple[str, int]:
     """The job and the pid of a stage that has made a part of its work and is at the rest."""
     part = "shards/00000.json" if stage.partitioned else f"{CHECKPOINTS}/step-000002"
@@ -131,12 +61,13 @@ def in_the_midst(small: Small, stage: Stage) -> tuple[str, int]:
 
 
 def pids() -> list[int]:
-    """Processes of stages that run as jobs."""
-    found = []
+    """Processes of stages that run as jobs of this Slurm; there may be another one on the machine."""
+    found, ours = [], f"SLURM_CONF={os.environ['SLURM_CONF']}\0".encode()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().split(b"\0")
-            if words[1:3] == [b"-m", b"m2m"] and b"SLURM_JOB_ID=" in path.with_name("environ").read_bytes():
+            environment = path.with_name("environ").read_bytes()
+            if words[1:3] == [b"-m", b"m2m"] and b"SLURM_JOB_ID=" in environment and ours in environment:
                 found.append(int(path.parent.name))
         except OSError:
             continue
@@ -226,7 +157,3 @@ def test_struck_on_one_of_two_nodes_both_end_and_go_on(small, unbroken, run, own
 def spread(small: Small, stage: Stage) -> str:
     in_the_midst(small, stage)
     return slurm("scontrol", "-o", "show", "job", running()[0])
-
-
-def read_log(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]

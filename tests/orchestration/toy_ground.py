@@ -32,7 +32,7 @@ class Ground:
     @property
     def environment(self) -> dict[str, str]:
         return {
-            **{name: value for name, value in os.environ.items() if not name.startswith("M2M_")},
+            **{name: value for name, value in os.environ.items() if name == "M2M_SERVICES" or name[:4] != "M2M_"},
             "M2M_PROFILE": str(self.folder / "configs" / "toy.yaml"),
             "DAGSTER_HOME": str(self.folder / "dagster"),
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),

@@ -1,14 +1,15 @@
 """The real definitions over toy stages on Ray: what `-m toy_ray_definitions` loads in tests."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from own_services import where
+
 from orchestration.definitions import build_defs
 from orchestration.launchers.ray import RayLauncher
 
-ADDRESS = os.environ.get("M2M_RAY") or "http://127.0.0.1:8266"  # of the project's own, never RAY_ADDRESS: a user's
+ADDRESS = where("ray")
 TOY = [sys.executable, str(Path(__file__).with_name("toy_stages.py"))]
 
 
