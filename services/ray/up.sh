@@ -25,6 +25,8 @@ export RAY_DISABLE_IMPORT_WARNING=1 RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=1
 export RAY_health_check_initial_delay_ms=1000 RAY_health_check_period_ms=1000 RAY_health_check_failure_threshold=5
 # or what else the machine does comes before every stage: Ray starts its workers with 15
 export RAY_worker_niceness=0
+# whatever token an earlier ray.init has left in the home folder
+export RAY_AUTH_MODE=disabled
 # workers get any free port: their own range is one that others use too
 common=(--num-cpus=8 --num-gpus=8 --min-worker-port=0 --max-worker-port=0 --memory=8000000000
   --object-store-memory=100000000 --disable-usage-stats)
