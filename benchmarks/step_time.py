@@ -3,9 +3,8 @@
 Belongs here: time of steps. Not here: exactness of the cache (`cached_context`); encoders: an image is encoded once in
 its life.
 
-What is compared is timed in turn, so that what else the machine does, and how warm it is, weighs on all alike. What a
-guidance interval saves is judged with two sets at once, and stated for one: at the deep levels, of 16x16 and 8x8, a CPU
-spends its time on reading the weights, which one row does not spare it.
+What is compared is timed in turn, five times, so that what else the machine does, and how warm it is, weighs on all
+alike; the least counts.
 """
 
 import sys
@@ -24,87 +23,72 @@ _SIDE = 64  # latents
 _TEXT_TOKENS, _TEXT_WIDTH = 77, 1024
 _SELF_IMAGES, _SELF_INTERVAL = 4, 0.4
 _DINO_IMAGES, _DINO_INTERVAL = (1, 8), 2 / 3
-_SETS_AT_ONCE = (1, 2)
 
 Call = Callable[[], Any]
 
 
 @torch.no_grad()
 def main() -> int:
-    machine = Machine.asked_for(__doc__, repeats=0)
+    machine = Machine.asked_for(__doc__, repeats=4)
     report = Report("step_time", machine)
     m2m_self(machine, report)
     m2m_dino(machine, report)
     return report.close()
 
 
-def plain_steps(machine: Machine) -> dict[int, Call]:
-    """A guided step of Stable Diffusion, by the number of sets: two branches of each in one pass."""
+def plain_step(machine: Machine) -> Call:
+    """A guided step of Stable Diffusion: both branches in one pass."""
     unet = text_to_image_unet(machine)
-    rows = {sets: 2 * sets for sets in _SETS_AT_ONCE}
-    return {
-        sets: partial(unet, machine.random(n, 4, _SIDE, _SIDE), 500, machine.random(n, _TEXT_TOKENS, _TEXT_WIDTH))
-        for sets, n in rows.items()
-    }
+    return partial(unet, machine.random(2, 4, _SIDE, _SIDE), 500, machine.random(2, _TEXT_TOKENS, _TEXT_WIDTH))
 
 
 def m2m_self(machine: Machine, report: Report) -> None:
-    plain, unet = plain_steps(machine), paper_unet("self", machine)
+    plain, unet = plain_step(machine), paper_unet("self", machine)
     name = f"M2M-Self, {_SELF_IMAGES} preceding"
-    for sets in _SETS_AT_ONCE:
-        noisy = machine.random(sets, 4, _SIDE, _SIDE)
-        one = unet.encode_context(machine.random(sets, 1, 4, _SIDE, _SIDE))
-        context = one
-        for _ in range(_SELF_IMAGES - 1):  # what is in it does not matter for the time
-            context = context.append(one)
-        found = machine.seconds_in_turn(
-            {
-                "plain SD, guided": plain[sets],
-                f"{name}, cached, guided": _guided(unet, noisy, context),
-                f"{name}, cached, one branch": partial(unet.denoise, noisy, 500, context),
-            }
-        )
-        _state(report, sets, found)
-        plain_seconds, guided, single = found.values()
-        if sets == 1:
-            report.figure("M2M-Self, MB of one image's context", one.bytes / 2**20)
-            joint = _joint_seconds(machine, unet, noisy, machine.random(1, _SELF_IMAGES, 4, _SIDE, _SIDE))
-            report.figure(f"{name}, joint, guided", joint)
-            report.at_least("M2M-Self, joint over cached", joint / guided, 3.8)
-            report.at_most("M2M-Self, cached over plain SD", guided / plain_seconds, 1.4)
-        _judge_interval(report, sets, "M2M-Self", _SELF_INTERVAL, (guided, single, plain_seconds), 1.0)
+    noisy = machine.random(1, 4, _SIDE, _SIDE)
+    one = unet.encode_context(machine.random(1, 1, 4, _SIDE, _SIDE))
+    context = one
+    for _ in range(_SELF_IMAGES - 1):  # what is in it does not matter for the time
+        context = context.append(one)
+    found = machine.seconds_in_turn(
+        {
+            "plain SD, guided": plain,
+            f"{name}, cached, guided": _guided(unet, noisy, context),
+            f"{name}, cached, one branch": partial(unet.denoise, noisy, 500, context),
+        }
+    )
+    _state(report, found)
+    plain_seconds, guided, single = found.values()
+    report.figure("M2M-Self, MB of one image's context", one.bytes / 2**20)
+    joint = _joint_seconds(machine, unet, noisy, machine.random(1, _SELF_IMAGES, 4, _SIDE, _SIDE))
+    report.figure(f"{name}, joint, guided", joint)
+    report.at_least("M2M-Self, joint over cached", joint / guided, 3.8)
+    report.at_most("M2M-Self, cached over plain SD", guided / plain_seconds, 1.4)
+    _judge_interval(report, "M2M-Self", _SELF_INTERVAL, (guided, single, plain_seconds), 1.0)
 
 
 def m2m_dino(machine: Machine, report: Report) -> None:
-    plain, unet = plain_steps(machine), paper_unet("dino", machine)
-    for sets in _SETS_AT_ONCE:
-        noisy = machine.random(sets, 4, _SIDE, _SIDE)
-        calls: dict[str, Call] = {"plain SD, guided, again": plain[sets]}
-        for count in _DINO_IMAGES:
-            context = unet.encode_context(machine.random(sets, count, dinov2_tokens(224), DINOV2_GIANT_WIDTH))
-            calls[f"M2M-DINO, {count} preceding, cached, guided"] = _guided(unet, noisy, context)
-            calls[f"M2M-DINO, {count} preceding, cached, one branch"] = partial(unet.denoise, noisy, 500, context)
-        found = machine.seconds_in_turn(calls)
-        _state(report, sets, found)
-        plain_seconds, *steps = found.values()
-        if sets == 1:
-            report.at_most("M2M-DINO, the slowest, over plain SD", max(steps[::2]) / plain_seconds, 1.10)
-        for count, guided, single in zip(_DINO_IMAGES, steps[::2], steps[1::2]):
-            name = f"M2M-DINO, {count} preceding"
-            _judge_interval(report, sets, name, _DINO_INTERVAL, (guided, single, plain_seconds), 0.85)
+    plain, unet = plain_step(machine), paper_unet("dino", machine)
+    noisy = machine.random(1, 4, _SIDE, _SIDE)
+    calls: dict[str, Call] = {"plain SD, guided, again": plain}
+    for count in _DINO_IMAGES:
+        context = unet.encode_context(machine.random(1, count, dinov2_tokens(224), DINOV2_GIANT_WIDTH))
+        calls[f"M2M-DINO, {count} preceding, cached, guided"] = _guided(unet, noisy, context)
+        calls[f"M2M-DINO, {count} preceding, cached, one branch"] = partial(unet.denoise, noisy, 500, context)
+    found = machine.seconds_in_turn(calls)
+    _state(report, found)
+    plain_seconds, *steps = found.values()
+    report.at_most("M2M-DINO, the slowest, over plain SD", max(steps[::2]) / plain_seconds, 1.10)
+    for count, guided, single in zip(_DINO_IMAGES, steps[::2], steps[1::2]):
+        name = f"M2M-DINO, {count} preceding"
+        _judge_interval(report, name, _DINO_INTERVAL, (guided, single, plain_seconds), 0.85)
 
 
-def _judge_interval(
-    report: Report, sets: int, name: str, share: float, seconds: tuple[float, float, float], most: float
-) -> None:
+def _judge_interval(report: Report, name: str, share: float, seconds: tuple[float, float, float], most: float) -> None:
     """An average step of sampling in which `share` of the steps are guided; seconds: guided, one branch, plain SD."""
     guided, single, plain = seconds
     ratio = (share * guided + (1 - share) * single) / plain
-    name = f"{name}, {share:.0%} of the steps guided, over plain SD, {_sets(sets)}"
-    if sets == max(_SETS_AT_ONCE):
-        report.at_most(name, ratio, most)
-    else:
-        report.figure(name, ratio)
+    report.at_most(f"{name}, {share:.0%} of the steps guided, over plain SD", ratio, most)
 
 
 def _guided(unet: Any, noisy: Tensor, context: Any) -> Call:
@@ -122,13 +106,9 @@ def _joint_seconds(machine: Machine, unet: Any, noisy: Tensor, clean: Tensor) ->
     return machine.seconds(joint_denoise, unet, noisy.repeat(rows, 1, 1, 1), 500, both) * 2 / rows
 
 
-def _state(report: Report, sets: int, seconds: dict[str, float]) -> None:
+def _state(report: Report, seconds: dict[str, float]) -> None:
     for name, value in seconds.items():
-        report.figure(f"{name}, {_sets(sets)}, seconds a step", value)
-
-
-def _sets(count: int) -> str:
-    return "one set" if count == 1 else f"{count} sets at once"
+        report.figure(f"{name}, seconds a step", value)
 
 
 if __name__ == "__main__":
