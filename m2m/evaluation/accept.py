@@ -15,7 +15,7 @@ from m2m import artifacts, processes
 from m2m import config as configs
 from m2m.arguments import add_profile_argument, open_profile
 from m2m.config import Profile
-from m2m.errors import CheckFailed
+from m2m.errors import CheckFailed, ConfigError
 from m2m.evaluation.gate import LOOKS
 from m2m.evaluation.noises import of_part
 from m2m.evaluation.per_set import PER_SET, Metric, read_per_set, write_per_set
@@ -52,8 +52,12 @@ def accept(profile: Profile, noises: int, only: list[str] | None, progress: Prog
         only: variants of evaluate; all that have noise where None.
 
     Raises:
+        ConfigError: `only` names what is no evaluation.
         M2MError: inputs that are not whole, or an evaluation whose check does not hold.
     """
+    known = [str(stage.variant) for stage in STAGES.values() if stage.command == "evaluate"]
+    if strange := [name for name in only or () if name not in known]:
+        raise ConfigError(f"--only {strange[0]}: there is no such evaluation; there are {', '.join(known)}")
     folder = profile.outputs / ACCEPTED
     metrics: dict[str, Metric] = {}
     told: dict[str, Any] = {"noises": noises}

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from m2m import artifacts
-from m2m.errors import ArtifactError
+from m2m.errors import ArtifactError, ConfigError
 from m2m.evaluation import accept
 from m2m.evaluation.gate import gate, regressions
 from m2m.evaluation.per_set import open_per_set
@@ -47,3 +47,9 @@ def test_models_that_are_not_whole_can_not_be_accepted(profile):
     (STAGES["pretrain@dino"].folder(profile) / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match="pretrain --variant dino"):
         accept.accept(profile, 2, ["rollouts"], Progress(quiet=True))
+
+
+def test_an_unknown_evaluation_is_named_and_nothing_is_accepted(profile):
+    with pytest.raises(ConfigError, match=r"tabel_1: .* table_1"):
+        accept.accept(profile, 2, ["tabel_1"], Progress(quiet=True))
+    assert not (profile.outputs / accept.ACCEPTED).exists()
