@@ -14,7 +14,6 @@ OF_RUNS = ("launchers",)  # whole processes of Dagster's, not calls of a model
 PAPER_SIZE = ("step_time",)
 ON_GPUS = ("training_speed",)
 DATA = ("captions", "reads", "epoch_order", "waiting", "generation", "killed_generation", "damaged_shards")
-
 EVALUATION = ("evaluation_numbers", "evaluation_gate")  # the two others take half an hour
 
 

@@ -29,7 +29,7 @@ _SETS, _IMAGES, _TWENTY, _WORSE_SEEDS = 34, 6, 20, 3
 _TRUTH = 4
 """Noises by which it is known how much worse a worse model truly is."""
 _PARTS = {
-    "table_1": ["sets=34", "num_images=1"],
+    "table_1": [f"sets={_SETS}", "num_images=1"],
     "consistency": ["sets=12", "num_images=2"],
 }
 _STEPS, _FEWER = 6, 3

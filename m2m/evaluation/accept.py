@@ -7,6 +7,7 @@ Belongs here: `python -m m2m accept`. Not here: the gate (`m2m.evaluation.gate`)
 """
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from m2m.stages import STAGES, Stage
 
 ACCEPTED = "accepted"
 """Folder of a profile's outputs; `accepted.json` in it says which models and sets the values are of."""
+_TOLD = "accepted.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +51,7 @@ def accept(profile: Profile, noises: int, only: list[str] | None, progress: Prog
     Evaluations that are there already are not made again, and a killed run goes on where it was.
 
     Args:
-        only: variants of evaluate; all that have noise where None.
+        only: variants of evaluate, what was accepted of the others stays as it is; all that have noise where None.
 
     Raises:
         ConfigError: `only` names what is no evaluation.
@@ -58,21 +60,27 @@ def accept(profile: Profile, noises: int, only: list[str] | None, progress: Prog
     known = [str(stage.variant) for stage in STAGES.values() if stage.command == "evaluate"]
     if strange := [name for name in only or () if name not in known]:
         raise ConfigError(f"--only {strange[0]}: there is no such evaluation; there are {', '.join(known)}")
-    folder = profile.outputs / ACCEPTED
-    metrics: dict[str, Metric] = {}
-    told: dict[str, Any] = {"noises": noises}
+    path = profile.outputs / ACCEPTED / PER_SET
+    metrics, told = _accepted_before(path) if only else ({}, {})
     for stage in STAGES.values():
         if stage.command != "evaluate" or (only and stage.variant not in only):
             continue
         _, config = stage.configured(profile, [])
         if isinstance(config, EvaluationConfig) and config.has_noise:
-            run, digests = _evaluated(stage, profile, noises, folder, progress)
-            metrics |= of_part(run, read_per_set(run.out / PER_SET))
-            told[str(stage.variant)] = {"fingerprint": run.fingerprint, "inputs": digests}
+            run, digests = _evaluated(stage, profile, noises, path.parent, progress)
+            mine = of_part(run, read_per_set(run.out / PER_SET))
+            metrics = {name: one for name, one in metrics.items() if not name.startswith(f"{stage.variant}: ")} | mine
+            told[str(stage.variant)] = {"noises": noises, "fingerprint": run.fingerprint, "inputs": digests}
     if processes.leads():
-        artifacts.write_json(folder / "accepted.json", told)
-        write_per_set(folder / PER_SET, metrics)
-    return folder / PER_SET
+        artifacts.write_json(path.with_name(_TOLD), told)
+        write_per_set(path, metrics)
+    return path
+
+
+def _accepted_before(path: Path) -> tuple[dict[str, Metric], dict[str, Any]]:
+    if not path.is_file():
+        return {}, {}
+    return read_per_set(path), json.loads(path.with_name(_TOLD).read_text())
 
 
 def _evaluated(

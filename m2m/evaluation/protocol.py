@@ -307,7 +307,8 @@ def in_batches(
     Raises:
         ArtifactError: another process's results are not there: the processes do not share the folder.
     """
-    folder = kept_folder(run, name)
+    folder = run.out / _PARTS / name
+    folder.mkdir(parents=True, exist_ok=True)
     paths = {first: folder / f"{first:07d}.safetensors" for first in range(0, count, batch)}
     mine = list(paths)[processes.rank() :: processes.count()]
     parts: dict[int, dict[str, Tensor]] = {}
@@ -326,13 +327,6 @@ def in_batches(
         parts[first] = part
     found = [parts[first] for first in paths]
     return {key: torch.cat([part[key] for part in found]) for key in (found[0] if found else ())}
-
-
-def kept_folder(run: StageRun, name: str) -> Path:
-    """Where something is kept for a restart, until the evaluation is concluded."""
-    folder = run.out / _PARTS / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def conclude(run: StageRun, metrics: Mapping[str, Any], per_set: PerSet | None = None) -> None:

@@ -24,12 +24,12 @@ from m2m.tiny.training import OUTPUTS
 from m2m.tiny.world import ATTRIBUTES, draw, sample_scene
 from m2m.training import checkpoints
 from m2m.training.acceleration import open_accelerator
+from m2m.training.course import objective_of
 from m2m.training.log import LOG
 from m2m.training.loop import CHECKPOINTS, train
-from m2m.training.objective import LossWeighting, Objective, SetLoss
+from m2m.training.objective import LossWeighting, SetLoss
 from m2m.training.settings import TrainingSettings
 from m2m.training.starting import feature_width, fresh_unet
-from m2m.training.timesteps import TimestepSampling
 
 Variant = Literal["self", "dino"]
 Timesteps = Literal["uniform", "shifted"]
@@ -105,6 +105,7 @@ def train_many_to_many(
             "ema_decay": min(0.999, 1 - 10 / steps),  # over about a tenth of the steps
             "checkpoint_every": 100,
             "timestep_sampling": timesteps,
+            "loss_weighting": weighting,
             "seed": seed,
             "compute": Compute(threads=threads, dtype="bfloat16"),
         }
@@ -118,19 +119,11 @@ def train_many_to_many(
     unet = fresh_unet(source, Path.cwd(), variant, width, seed, {})
     scheduler = load_ddim(source, Path.cwd())
     pipeline = ManyToManyPipeline(load_vae(source, Path.cwd()), unet, scheduler, dino)
-    objective = Objective(
-        seed,
-        settings.timesteps,
-        settings.context_dropout,
-        num_train_timesteps=scheduler.config["num_train_timesteps"],
-        sampling=TimestepSampling(timesteps, settings.timestep_shift),
-        weighting=weighting,
-    )
     data, belongs_to = drawn_sets(pipeline, sets, seed), f"{variant}-{sets}-{seed}"
     train(
         settings,
         SetLoss(unet, scheduler),
-        objective,
+        objective_of(settings, pipeline),
         data,
         work,
         Progress(),

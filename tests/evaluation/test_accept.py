@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from m2m import artifacts
@@ -19,7 +20,11 @@ INPUTS = {"sets": "generate-sets", "m2m_self": "pretrain@self", "m2m_dino": "pre
 @pytest.fixture
 def profile(small_world, tmp_path):
     """A profile whose models and sets stand as outputs do."""
-    section = {**small_world.settings, "batch": 2, "variants": {"rollouts": {"sets": 3, "num_images": 2}}}
+    section = {
+        **small_world.settings,
+        "batch": 2,
+        "variants": {"rollouts": {"sets": 3, "num_images": 2}, "consistency": {"sets": 3, "num_images": 2}},
+    }
     made = small_world.profile({"evaluate": section}, tmp_path / "outputs")
     for name, key in INPUTS.items():
         folder = STAGES[key].folder(made)
@@ -36,11 +41,23 @@ def test_values_of_so_many_noises_lie_beside_the_outputs_and_are_made_once(profi
     assert regressions(gate(metrics, metrics)) == []
     told = json.loads((path.parent / "accepted.json").read_text())
     models = artifacts.read_manifest(STAGES["pretrain@self"].folder(profile))
-    assert models is not None and told["rollouts"]["inputs"]["m2m_self"] == models.digest and told["noises"] == 2
+    assert models is not None and told["rollouts"]["inputs"]["m2m_self"] == models.digest
+    assert told["rollouts"]["noises"] == 2
     after = {found for found in profile.outputs.rglob("*") if found.is_file() and path.parent not in found.parents}
     assert after == before
     monkeypatch.setattr(Sampler, "continue_sets", lambda *_, **__: pytest.fail("sampled again"))
     assert open_per_set(accept.accept(profile, 2, ["rollouts"], Progress(quiet=True))).keys() == metrics.keys()
+
+
+def test_one_evaluation_accepted_alone_leaves_what_was_accepted_of_others(profile):
+    before = open_per_set(accept.accept(profile, 2, ["rollouts"], Progress(quiet=True)))
+    after = open_per_set(path := accept.accept(profile, 1, ["consistency"], Progress(quiet=True)))
+    assert {name.partition(":")[0] for name in after} == {"rollouts", "consistency"}
+    assert all(
+        np.array_equal(after[name].values, one.values) and after[name].noises == 2 for name, one in before.items()
+    )
+    told = json.loads((path.parent / "accepted.json").read_text())
+    assert {name: one["noises"] for name, one in told.items()} == {"rollouts": 2, "consistency": 1}
 
 
 def test_models_that_are_not_whole_can_not_be_accepted(profile):

@@ -23,7 +23,9 @@ def beside(meanwhile: Callable[[], object], end: Callable[[], object] = lambda: 
 
     thread = threading.Thread(target=work)
     thread.start()
-    yield
-    thread.join()
+    try:
+        yield
+    finally:
+        thread.join()
     if failed:
         raise failed[0]
