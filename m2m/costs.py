@@ -211,7 +211,7 @@ class Costs:
         with torch.no_grad():
             at = {n: self._pass(("denoise", variant, n, dtype), lambda n=n: denoise(1, n)()).flops for n in (1, 2)}
             encode = self._pass(("context", variant, dtype), lambda: unet.encode_context(images(1, 1))).flops
-            most = min(preceding + count - 1, window or preceding + count)
+            most = max(1, min(preceding + count - 1, window or preceding + count))  # none read costs hardly less
             peak = self._pass(("memory", variant, most, batch, dtype), lambda: denoise(batch, most)()).peak_bytes
         flops = (preceding + count - 1) * encode
         for number in range(count):

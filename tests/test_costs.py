@@ -98,6 +98,14 @@ def test_costs_grow_with_the_work():
     assert costs[4].bytes == 4 * 16 * 25 * 16 * 8 * 8 * 2
 
 
+def test_images_without_preceding_ones_have_a_cost():
+    tiny = load_profile("tiny")
+    settings = {**tiny.sections["evaluate"], "variants": {"preceding_images": {"trials": 3, "preceding": [0]}}}
+    sections = {**tiny.sections, "evaluate": settings}
+    found = Costs(Profile(tiny.path, sections, tiny.outputs, root=tiny.root)).of(STAGES["evaluate@preceding_images"])
+    assert found.flops > 0 and found.peak_bytes > 0
+
+
 def test_a_plan_checks_and_says_what_it_costs(monkeypatch, capsys):
     some = ("filter-captions", "generate-sets", "pretrain@self")  # each reads what is before it
     monkeypatch.setattr(plan, "STAGES", {key: STAGES[key] for key in some})

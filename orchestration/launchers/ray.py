@@ -40,6 +40,8 @@ from orchestration.launchers.surroundings import passed_on
 JOB_TAG = "m2m/ray_job"
 _FIRST_POLL = 0.2  # seconds; grows to `poll_seconds`
 _MOST_PARTS = 1000
+_NO_NODE = "No available agent"  # what Ray says, after ten seconds, while its nodes are starting
+_NODES_START = 60  # seconds
 _LAUNCH = "launch.json"
 
 
@@ -216,15 +218,29 @@ def _client(launcher: RayLauncher, ray: Any, messages: MessageFiles, context_fil
             if taken_up:
                 context.log.info(f"job {taken_up} is still there: followed, not launched again")
             else:
-                try:
-                    super()._start(context, session, submit_job_params)
-                except Exception as error:
-                    raise _failure(
-                        f"Ray refuses the job: {said_by(error)}. Set the launcher's runtime_env (M2M_LAUNCHER)"
-                    ) from None
+                self._submit(context, session, submit_job_params)
             step = context.op_execution_context.get_step_execution_context().step.key
             context.instance.add_run_tags(context.run.run_id, {f"{JOB_TAG}/{step}": self.job})
             return self.job
+
+        def _submit(self, context: Any, session: Any, submit_job_params: Any) -> None:
+            deadline = time.monotonic() + _NODES_START
+            while True:
+                try:
+                    super()._start(context, session, submit_job_params)
+                    return
+                except Exception as error:
+                    if _NO_NODE not in str(error):
+                        raise _failure(
+                            f"Ray refuses the job: {said_by(error)}. Set the launcher's runtime_env (M2M_LAUNCHER)"
+                        ) from None
+                    if time.monotonic() > deadline:
+                        raise _failure(
+                            f"no node of the Ray cluster at {ray.get_address()} takes jobs: look at `ray status` "
+                            "there, and launch again once its nodes are up"
+                        ) from None
+                context.log.info("Ray's nodes are not up yet; asked again")
+                time.sleep(_FIRST_POLL)
 
         def run(self, *, context: Any, submit_job_params: Any, extras: Any = None) -> PipesClientCompletedInvocation:
             self.job = taken_up or submit_job_params["submission_id"]

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# End the Ray of up.sh: the processes whose command line names its folder, no others.
+# End the Ray of up.sh: the processes whose command line names its folder, or that have files open in it (its agents
+# and workers overwrite their command lines), no others.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 root=${M2M_SERVICES:-$here/.services}/ray
@@ -7,7 +8,8 @@ root=${M2M_SERVICES:-$here/.services}/ray
 tmp=$(cat "$root/tmp")
 mine() {
   for process in /proc/[0-9]*; do
-    { tr '\0' ' ' <"$process/cmdline" | grep -qF "$tmp"; } 2>/dev/null && echo "${process#/proc/}"
+    { tr '\0' ' ' <"$process/cmdline" | grep -qF "$tmp" || find "$process/fd" -lname "$tmp/*" | grep -q .; } \
+      2>/dev/null && echo "${process#/proc/}"
   done
   return 0
 }

@@ -98,8 +98,10 @@ PartitionName=urgent Nodes=$names MaxTime=7-0 State=UP PriorityTier=10 PreemptMo
 CONF
 
 export SLURM_CONF=$root/slurm.conf
-slurmctld
-for n in $(seq "$nodes"); do slurmd -N "n$n"; done
+# what a shell starts in the background ignores interrupts, and so would all jobs
+daemon() { env --default-signal=INT,QUIT "$@"; }
+daemon slurmctld
+for n in $(seq "$nodes"); do daemon slurmd -N "n$n"; done
 for _ in $(seq 100); do
   [ "$(timeout 2 sinfo -h -N -p gpu -t idle -o %N 2>/dev/null | wc -l)" = "$nodes" ] && break
   sleep 0.2

@@ -7,12 +7,15 @@ tests).
 
 import contextlib
 import dataclasses
+import http.server
 import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -178,6 +181,47 @@ def _amount(name: str) -> float:
     with urllib.request.urlopen(f"{ADDRESS}/api/v0/nodes?limit=100&detail=1", timeout=10) as answer:
         nodes = json.load(answer)["data"]["result"]["result"]
     return sum(node["resources_total"].get(name, 0) for node in nodes if node["state"] == "ALIVE")
+
+
+@contextlib.contextmanager
+def before_its_nodes_are_up(times: int) -> Iterator[str]:
+    """An address of the same cluster, which has no node to take a job the first so many times that it is given one."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        left = times
+
+        def do_GET(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0))) or None
+            asked = urllib.request.Request(ADDRESS + self.path, body, dict(self.headers), method=self.command)
+            try:
+                with urllib.request.urlopen(asked, timeout=60) as answer:
+                    self.answer(answer.status, answer.read())
+            except urllib.error.HTTPError as error:
+                self.answer(error.code, error.read())
+
+        def do_POST(self) -> None:
+            if self.path == "/api/jobs/" and Handler.left:
+                Handler.left -= 1
+                self.rfile.read(int(self.headers["Content-Length"]))
+                self.answer(500, b"No available agent to submit job, please try again later.")
+            else:
+                self.do_GET()
+
+        def answer(self, status: int, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
 
 
 def kill(pid: int) -> None:

@@ -79,4 +79,5 @@ def kill_daemon(conf: Path, name: str) -> None:
 
 def start_daemon(name: str) -> None:
     daemon, _, node = name.partition(".")
-    slurm(daemon, *(["-N", node] if node else []))
+    # as up.sh starts them: interrupts reach their jobs
+    slurm("env", "--default-signal=INT,QUIT", daemon, *(["-N", node] if node else []))

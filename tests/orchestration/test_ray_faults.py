@@ -6,7 +6,17 @@ import os
 import signal
 
 import pytest
-from ray_ground import RayPlace, is_gone, kill, needs_ray, node_of, one_more_node, parent, ray_place
+from ray_ground import (
+    RayPlace,
+    before_its_nodes_are_up,
+    is_gone,
+    kill,
+    needs_ray,
+    node_of,
+    one_more_node,
+    parent,
+    ray_place,
+)
 from test_jobs_end_to_end import wait_for
 from test_outcome import failure
 from toy_ray_definitions import toy_launcher
@@ -37,6 +47,20 @@ def steps_done_twice(place: RayPlace, what: str) -> set[int]:
     steps = [int(step.split()[1]) for step in place.steps() if step.startswith(f"{what} ")]
     assert set(steps) == set(range(1, 13))
     return {step for step in steps if steps.count(step) > 1}
+
+
+def test_a_cluster_whose_nodes_are_still_starting_is_waited_for(place: RayPlace):
+    with before_its_nodes_are_up(times=2) as address:
+        assert place.run(address=address).success
+    assert len(place.jobs()) == 1
+
+
+def test_a_cluster_whose_nodes_never_come_says_so(place: RayPlace, monkeypatch):
+    monkeypatch.setattr(launching, "_NODES_START", 1)
+    with before_its_nodes_are_up(times=1000) as address:
+        result = place.run(address=address)
+    assert f"no node of the Ray cluster at {address} takes jobs" in failure(result).error.message
+    assert not place.jobs()
 
 
 def test_a_signal_to_the_stage_is_its_checkpoint_and_another_job_goes_on_from_there(place: RayPlace):
