@@ -16,9 +16,9 @@ _LINES_KEPT = 40
 
 
 @contextlib.contextmanager
-def passed_on(files: Sequence[tuple[Path, Path]]) -> Iterator[deque[str]]:
-    """Copy the stdout and stderr of each task to this process's; yields the end of what came on stderr."""
-    kept: deque[str] = deque(maxlen=_LINES_KEPT)
+def passed_on(files: Sequence[tuple[Path, Path]]) -> Iterator[Sequence[deque[str]]]:
+    """Copy the stdout and stderr of each task to this process's; yields the end of each one's stderr."""
+    kept: list[deque[str]] = [deque(maxlen=_LINES_KEPT) for _ in files]
     over = threading.Event()
     pairs = [(Tail(out), Tail(err)) for out, err in files]
 
@@ -26,11 +26,11 @@ def passed_on(files: Sequence[tuple[Path, Path]]) -> Iterator[deque[str]]:
         last = False
         while not last:
             last = over.wait(0.2 + 0.01 * len(pairs))
-            for out, err in pairs:
+            for (out, err), end in zip(pairs, kept):
                 for tail, to in ((out, sys.stdout), (err, sys.stderr)):
                     lines = tail.last_lines() if last else tail.lines()
                     if tail is err:
-                        kept.extend(lines)
+                        end.extend(lines)
                     to.writelines(f"{line}\n" for line in lines)
                     to.flush()
 

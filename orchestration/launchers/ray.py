@@ -88,7 +88,7 @@ class RayLauncher(dg.ConfigurableResource):
             PipesFileContextInjector(str(folder / "context.json")),
             found.submission_id if found else None,
         )
-        with job_logs.passed_on(_printed(folder)) as last_lines:
+        with job_logs.passed_on(_printed(folder)) as ends:
             client.run(
                 context=context,
                 submit_job_params={
@@ -109,7 +109,7 @@ class RayLauncher(dg.ConfigurableResource):
             "ray_files": dg.MetadataValue.path(str(folder)),
             "seconds": dg.MetadataValue.float(round(time.monotonic() - started, 1)),
         }
-        yield from results(context, stage, last_of_each(client.reported), code, said or list(last_lines), told, why=why)
+        yield from results(context, stage, last_of_each(client.reported), code, said or [line for end in ends for line in end], told, why=why)
 
     def end_orphans(self, instance: dg.DagsterInstance) -> list[str]:
         """Stop jobs whose run has been over for a while; returns their ids. Another Dagster's are left alone."""

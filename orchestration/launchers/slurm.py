@@ -97,13 +97,12 @@ class SlurmLauncher(dg.ConfigurableResource):
             except BaseException:
                 self._end(context, wanted.name, mark)
                 raise
-        code, why = end_of(stage, asked, job, ends, last_lines, folder.path)
+        code, why, said = end_of(stage, asked, job, ends, last_lines, folder.path)
         told = {
             "slurm_job": dg.MetadataValue.text(job),
             "slurm_files": dg.MetadataValue.path(str(folder.path)),
             "seconds": dg.MetadataValue.float(round(time.monotonic() - started, 1)),
         }
-        said = list(last_lines)
         yield from results(context, stage, last_of_each(session.get_reported_results()), code, said, told, why=why)
 
     def end_orphans(self, instance: dg.DagsterInstance) -> list[str]:

@@ -54,6 +54,7 @@ class Task:
     state: str
     reason: str = ""
     exit_code: int = 0  # negative: the signal that ended it
+    number: int = 0  # in its array
 
     @property
     def active(self) -> bool:
@@ -130,19 +131,25 @@ def what_there_is() -> str:
 
 def _shown(text: str, comment: str) -> Iterator[Task]:
     for line in text.splitlines():
-        said = dict(re.findall(r"\b(JobState|ExitCode|Reason|Comment)=(\S+)", line))
+        said = dict(re.findall(r"\b(JobState|ExitCode|Reason|Comment|ArrayTaskId)=(\S+)", line))
         if "JobState" in said and said.get("Comment") == comment:
-            yield Task(said["JobState"], said.get("Reason", ""), _exit_code(said.get("ExitCode", "0:0")))
+            code, number = _exit_code(said.get("ExitCode", "0:0")), said.get("ArrayTaskId", "")
+            yield Task(said["JobState"], said.get("Reason", ""), code, _number(number))
 
 
 def _accounted(job: str) -> Iterator[Task]:
     try:
-        text = _call("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,ExitCode,Reason")
+        text = _call("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,ExitCode,JobID,Reason")
     except Refused:  # a cluster without accounting
         return
     for line in text.splitlines():
-        state, code, reason = line.split("|", 2)
-        yield Task(state.split()[0], reason, _exit_code(code))  # "CANCELLED by 1000"
+        state, code, one, reason = line.split("|", 3)
+        yield Task(state.split()[0], reason, _exit_code(code), _number(one.partition("_")[2]))  # "CANCELLED by 1000"
+
+
+def _number(said: str) -> int:
+    """In the array; of those that have not begun, a range is told."""
+    return int(said) if said.isdigit() else 0
 
 
 def _exit_code(said: str) -> int:

@@ -19,20 +19,29 @@ _TOO_LARGE = re.compile(r"slurmstepd.*(exceeded .*memory|oom.?kill)", re.IGNOREC
 
 
 def end_of(
-    stage: Stage, asked: Resources, job: str, ends: Sequence[Task], last_lines: Iterable[str], folder: Path
-) -> tuple[int, str | None]:
-    """The job's end as a command's: an exit code, and why where Slurm knows that better.
+    stage: Stage, asked: Resources, job: str, ends: Sequence[Task], last_lines: Sequence[Iterable[str]], folder: Path
+) -> tuple[int, str | None, list[str]]:
+    """The job's end as a command's: an exit code; why, where Slurm knows that better; that command's last lines.
 
     Args:
         ends: of all its tasks.
-        last_lines: the end of their stderr.
+        last_lines: the end of each one's stderr.
         folder: where it was to be written.
     """
     own = [task for task in ends if not _goes_on(task) and task.state != "COMPLETED"]
+    taken = [task for task in ends if _goes_on(task)]
+    said = list(last_lines[(own or taken or ends)[0].number])
+    code, why = _as_a_command(stage, asked, job, own, taken, said, folder)
+    return code, why, said
+
+
+def _as_a_command(
+    stage: Stage, asked: Resources, job: str, own: Sequence[Task], taken: Sequence[Task], said: list[str], folder: Path
+) -> tuple[int, str | None]:
     if own:
         end = own[0]
         kept = "what is whole is kept"
-        too_large = end.exit_code == -9 and any(_TOO_LARGE.search(line) for line in last_lines)
+        too_large = end.exit_code == -9 and any(_TOO_LARGE.search(line) for line in said)
         match "OUT_OF_MEMORY" if too_large else end.state:
             case "OUT_OF_MEMORY":
                 more = f"it asked for {asked.memory_gb:g} GB a node: raise {stage.command}.resources.memory_gb"
@@ -45,11 +54,10 @@ def end_of(
             case "FAILED":
                 return end.exit_code or 1, None
         return end.exit_code or 1, f"{stage.key}: job {job} ended as {end.state} ({end.reason}); {kept}"
-    taken = [task for task in ends if _goes_on(task)]
     if not taken:
         return 0, None
-    said = "was asked to end" if taken[0].state == "FAILED" else f"ended as {taken[0].state}"
-    return EXIT_CALL_AGAIN, f"{stage.key}: job {job} {said}; it goes on from what is whole"
+    ended = "was asked to end" if taken[0].state == "FAILED" else f"ended as {taken[0].state}"
+    return EXIT_CALL_AGAIN, f"{stage.key}: job {job} {ended}; it goes on from what is whole"
 
 
 def counted(tasks: Sequence[Task]) -> str:
