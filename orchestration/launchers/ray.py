@@ -104,12 +104,13 @@ class RayLauncher(dg.ConfigurableResource):
                 },
             )
         code, why, said = end_of(stage, client.job, client.ended, log_of(ray, client.job))
+        said = said or [line for end in ends for line in end]
         told = {
             "ray_job": dg.MetadataValue.text(client.job),
             "ray_files": dg.MetadataValue.path(str(folder)),
             "seconds": dg.MetadataValue.float(round(time.monotonic() - started, 1)),
         }
-        yield from results(context, stage, last_of_each(client.reported), code, said or [line for end in ends for line in end], told, why=why)
+        yield from results(context, stage, last_of_each(client.reported), code, said, told, why=why)
 
     def end_orphans(self, instance: dg.DagsterInstance) -> list[str]:
         """Stop jobs whose run has been over for a while; returns their ids. Another Dagster's are left alone."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from m2m.config import Resources
+from m2m.config import load_profile, resources
 from m2m.stages import STAGES
 from orchestration.launchers import slurm_jobs
 from orchestration.launchers.slurm_jobs import Task
@@ -14,7 +14,8 @@ SAID = [["ZeroDivisionError: a bug"], ["slurmstepd: error: Job 57 exceeded memor
 
 
 def ended(*ends: Task) -> tuple[int, str | None, list[str]]:
-    return end_of(STAGES["generate-sets"], Resources(), "57", ends, SAID, Path("folder"))
+    stage = STAGES["generate-sets"]
+    return end_of(stage, resources(stage, load_profile("tiny")), "57", ends, SAID, Path("folder"))
 
 
 def test_of_an_array_the_task_that_failed_says_why():
