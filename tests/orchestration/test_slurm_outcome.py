@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from m2m.config import load_profile, resources
-from m2m.stages import STAGES
+from m2m.config import load_profile
+from m2m.stages import STAGES, resources
 from orchestration.launchers import slurm_jobs
 from orchestration.launchers.slurm_jobs import Task
 from orchestration.launchers.slurm_outcome import end_of
