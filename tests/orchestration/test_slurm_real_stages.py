@@ -56,11 +56,12 @@ def in_the_midst(small: Small, stage: Stage) -> tuple[str, int]:
     part = "shards/00000.json" if stage.partitioned else f"{CHECKPOINTS}/step-000002"
     folder = small.folder(stage)
     wait_for(lambda: list(folder.parent.glob(f"{folder.name}.partial-*/{part}")), 300)
-    wait_for(lambda: jobs().count("RUNNING") == 1 and running() and pids(), 60)
-    return running()[0], pids()[0]
+    made = b"0" if stage.partitioned else None  # its process may still be there, with nothing left to do
+    pid = wait_for(lambda: jobs().count("RUNNING") == 1 and running() and next(iter(pids(but_shard=made)), None), 60)
+    return running()[0], pid
 
 
-def pids() -> list[int]:
+def pids(*, but_shard: bytes | None = None) -> list[int]:
     """Processes of stages that run as jobs of this Slurm; there may be another one on the machine."""
     found, ours = [], f"SLURM_CONF={os.environ['SLURM_CONF']}\0".encode()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -68,7 +69,8 @@ def pids() -> list[int]:
             words = path.read_bytes().split(b"\0")
             environment = path.with_name("environ").read_bytes()
             if words[1:3] == [b"-m", b"m2m"] and b"SLURM_JOB_ID=" in environment and ours in environment:
-                found.append(int(path.parent.name))
+                if but_shard is None or words[words.index(b"--shards") + 1] != but_shard:
+                    found.append(int(path.parent.name))
         except OSError:
             continue
     return sorted(found)
