@@ -57,8 +57,8 @@ def in_the_midst(small: Small, stage: Stage) -> tuple[str, int]:
     folder = small.folder(stage)
     wait_for(lambda: list(folder.parent.glob(f"{folder.name}.partial-*/{part}")), 300)
     made = b"0" if stage.partitioned else None  # its process may still be there, with nothing left to do
-    pid = wait_for(lambda: jobs().count("RUNNING") == 1 and running() and next(iter(pids(but_shard=made)), None), 60)
-    return running()[0], pid
+    wait_for(lambda: jobs().count("RUNNING") == 1 and running() and pids(but_shard=made), 60)
+    return running()[0], pids(but_shard=made)[0]
 
 
 def pids(*, but_shard: bytes | None = None) -> list[int]:
@@ -68,9 +68,9 @@ def pids(*, but_shard: bytes | None = None) -> list[int]:
         try:
             words = path.read_bytes().split(b"\0")
             environment = path.with_name("environ").read_bytes()
-            if words[1:3] == [b"-m", b"m2m"] and b"SLURM_JOB_ID=" in environment and ours in environment:
-                if but_shard is None or words[words.index(b"--shards") + 1] != but_shard:
-                    found.append(int(path.parent.name))
+            mine = words[1:3] == [b"-m", b"m2m"] and b"SLURM_JOB_ID=" in environment and ours in environment
+            if mine and (but_shard is None or words[words.index(b"--shards") + 1] != but_shard):
+                found.append(int(path.parent.name))
         except OSError:
             continue
     return sorted(found)
