@@ -13,12 +13,13 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 14, 44
 _MOST_POINTS, _MOST_BARS = 300, 64
 ERROR = " ±"
 _KNOWN = {"M2M-Self": "var(--self)", "M2M-DINO": "var(--dino)"}
-_OTHERS = ("var(--third)", "var(--fourth)", "var(--fifth)", "var(--sixth)")
+_OTHERS = ("var(--third)", "var(--fourth)", "var(--fifth)", "var(--sixth)", "var(--seventh)", "var(--eighth)")
 _ALONE = (
     "svg{background:#fff;font-family:sans-serif;--self:#3a6fd8;--dino:#e0682f;--third:#7b8291;--fourth:#2f9e8f;"
-    "--fifth:#a95ac7;--sixth:#b78a1e}.grid{stroke:#dde}.tick,.axis{fill:#667;font-size:12px}"
+    "--fifth:#a95ac7;--sixth:#b78a1e;--seventh:#d1548c;--eighth:#6f9a2a}.grid{stroke:#dde}.tick,.axis{fill:#667;font-size:12px}"
     ".line{fill:none;stroke-width:2}.error{stroke-width:1.2;opacity:.7}"
 )
+_LETTER, _ROW = 6.4, 16  # of a legend at 12 px: an average width, rather too wide, and the height
 _REFERENCES = ("ideal", "oracle", "own images", "autoencoder", "text-to-image", "copied")
 
 
@@ -99,11 +100,30 @@ def picture(name: str, columns: Mapping[str, Sequence[float]]) -> str:
     if not drawn:
         return ""
     start, body = drawn[: drawn.index("</svg>")].split(">", 1)
-    start = start.replace("<svg", f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}"')
     colours = re.findall(r'<i(?: class="hollow")? style="background:([^"]+)"></i>([^<]*)', drawn)
-    entries = "".join(f'<tspan dx="12" style="fill:{colour}">{text}</tspan>' for colour, text in colours)
-    legend = f'<text x="{_LEFT}" y="{_TOP - 2}" font-size="12">{entries}</text>'
+    rows = _rows(colours)
+    more = _ROW * (len(rows) - 1)
+    size = f'width="{_WIDTH}" height="{_HEIGHT + more}" viewBox="0 {-more} {_WIDTH} {_HEIGHT + more}"'
+    start = start.replace(f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}"', f'<svg xmlns="http://www.w3.org/2000/svg" {size}')
+    legend = ""
+    for place, row in enumerate(rows):
+        entries = "".join(f'<tspan dx="12" style="fill:{colour}">{text}</tspan>' for colour, text in row)
+        legend += f'<text x="{_LEFT}" y="{_TOP - 2 - more + _ROW * place}" font-size="12">{entries}</text>'
     return f"{start}><style>{_ALONE}</style>{body}{legend}</svg>"
+
+
+def _rows(entries: Sequence[tuple[str, str]]) -> list[list[tuple[str, str]]]:
+    """A legend's entries (colour, text), in as many rows as they need beside each other."""
+    rows: list[list[tuple[str, str]]] = [[]]
+    left = space = _WIDTH - _LEFT
+    for colour, text in entries:
+        wide = 12 + _LETTER * len(text)
+        if rows[-1] and wide > left:
+            rows.append([])
+            left = space
+        rows[-1].append((colour, text))
+        left -= wide
+    return rows
 
 
 def _bars(x: Sequence[float], y: Sequence[float], errors: Sequence[float]) -> list[tuple[float, float, float]]:
