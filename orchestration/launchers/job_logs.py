@@ -10,15 +10,14 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from orchestration.launchers.outcome import LINES_KEPT
 from orchestration.launchers.tail import Tail
-
-_LINES_KEPT = 40
 
 
 @contextlib.contextmanager
 def passed_on(files: Sequence[tuple[Path, Path]]) -> Iterator[Sequence[deque[str]]]:
     """Copy the stdout and stderr of each task to this process's; yields the end of each one's stderr."""
-    kept: list[deque[str]] = [deque(maxlen=_LINES_KEPT) for _ in files]
+    kept: list[deque[str]] = [deque(maxlen=LINES_KEPT) for _ in files]
     over = threading.Event()
     pairs = [(Tail(out), Tail(err)) for out, err in files]
 

@@ -28,14 +28,13 @@ from orchestration.launchers.following import digest, is_orphan, may_take_up
 from orchestration.launchers.kubernetes_manifests import LAUNCH_LABEL, RUN_LABEL, PodSettings, job, service
 from orchestration.launchers.kubernetes_nodes import lacking
 from orchestration.launchers.kubernetes_pods import counted, culprit, end_of, has_started, taken_away, trouble
-from orchestration.launchers.outcome import last_of_each, results, stage_arguments
+from orchestration.launchers.outcome import LINES_KEPT, last_of_each, results, stage_arguments
 from orchestration.launchers.process_mark import RUN_TAG, this_process
 from orchestration.launchers.surroundings import passed_on
 
 JOB_TAG = "m2m/kubernetes_job"
 _FIRST_POLL = 0.2  # seconds; grows to `poll_seconds`
 _MOST_PODS = 1000  # of a Job: its manifest names each part
-_LINES_KEPT = 40
 
 
 class KubernetesLauncher(dg.ConfigurableResource):
@@ -315,7 +314,7 @@ class _Cluster:
     def _last_lines(self, pod: Any) -> list[str]:
         with contextlib.suppress(Exception):
             log = self.core.read_namespaced_pod_log(
-                pod.metadata.name, self.namespace, tail_lines=_LINES_KEPT, _preload_content=False
+                pod.metadata.name, self.namespace, tail_lines=LINES_KEPT, _preload_content=False
             )
             lines = log.data.decode(errors="replace").splitlines()
             return [line for line in lines if "__dagster_pipes_version" not in line]

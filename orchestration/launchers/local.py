@@ -25,10 +25,8 @@ from m2m.config import project_root
 from m2m.die_with_parent import tied
 from m2m.stages import Stage
 from orchestration.launchers.messages import MessageFiles
-from orchestration.launchers.outcome import results, stage_arguments
+from orchestration.launchers.outcome import LINES_KEPT, results, stage_arguments
 from orchestration.launchers.process_mark import RUN_TAG, this_process
-
-_LINES_KEPT = 40
 
 
 class LocalLauncher(dg.ConfigurableResource):
@@ -73,7 +71,7 @@ class LocalLauncher(dg.ConfigurableResource):
     @contextlib.contextmanager
     def _running(self, command: list[str], env: dict[str, str]) -> Iterator[tuple[subprocess.Popen[str], deque[str]]]:
         """A process that is gone when the block is left; with it the end of its stderr."""
-        last_lines: deque[str] = deque(maxlen=_LINES_KEPT)
+        last_lines: deque[str] = deque(maxlen=LINES_KEPT)
         process = subprocess.Popen(
             tied(command),
             cwd=project_root(),

@@ -14,6 +14,8 @@ from m2m.config import Profile
 from m2m.stages import Stage
 
 MAX_RETRIES = 20
+LINES_KEPT = 40
+"""Of the end of what a command says, for its failure."""
 
 
 def stage_arguments(stage: Stage, profile: Profile, launch: Launch, shards: Sequence[str] | None) -> list[str]:

@@ -32,7 +32,7 @@ from m2m.stages import Stage, resources
 from orchestration.launchers import job_logs
 from orchestration.launchers.following import digest, is_orphan, may_take_up
 from orchestration.launchers.messages import MessageFiles, message_parameters
-from orchestration.launchers.outcome import last_of_each, results, stage_arguments
+from orchestration.launchers.outcome import LINES_KEPT, last_of_each, results, stage_arguments
 from orchestration.launchers.process_mark import RUN_TAG, this_process
 from orchestration.launchers.ray_outcome import end_of, log_of, said_by
 from orchestration.launchers.surroundings import passed_on
@@ -104,7 +104,7 @@ class RayLauncher(dg.ConfigurableResource):
                 },
             )
         code, why, said = end_of(stage, client.job, client.ended, log_of(ray, client.job))
-        said = said or [line for end in ends for line in end]
+        said = said or [line for end in ends for line in end][-LINES_KEPT:]
         told = {
             "ray_job": dg.MetadataValue.text(client.job),
             "ray_files": dg.MetadataValue.path(str(folder)),

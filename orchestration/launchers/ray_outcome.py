@@ -9,9 +9,9 @@ from typing import Any
 
 from m2m.arguments import EXIT_CALL_AGAIN
 from m2m.stages import Stage
+from orchestration.launchers.outcome import LINES_KEPT
 from orchestration.launchers.ray_driver import STARTED
 
-_LINES_KEPT = 40
 _SIGNALLED = (-15, 143)
 _WRONG = ("RUNTIME_ENV_SETUP_FAILURE", "JOB_ENTRYPOINT_COMMAND_START_ERROR")
 
@@ -25,7 +25,7 @@ def end_of(stage: Stage, job: str, ended: Any, log: Sequence[str]) -> tuple[int,
     """
     kept, goes_on = "what is whole is kept", "it goes on from what is whole"
     started = STARTED in log
-    lines = list(log[log.index(STARTED) + 1 :] if started else log)[-_LINES_KEPT:]
+    lines = list(log[log.index(STARTED) + 1 :] if started else log)[-LINES_KEPT:]
     if ended is None:
         return EXIT_CALL_AGAIN, f"{stage.key}: the Ray cluster has forgotten job {job}; {goes_on}", lines
     code, message = ended.driver_exit_code, ended.message or ""
