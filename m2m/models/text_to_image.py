@@ -131,9 +131,14 @@ def load_unet_config(source: str | Path, root: Path | None = None) -> dict[str, 
     return read_json(_part(source, root, "unet") / "config.json")
 
 
-def load_ddim(source: str | Path, root: Path | None = None) -> DDIMScheduler:
-    """The pipeline's noise schedule with the paper's sampler, DDIM (section 6.1)."""
-    return as_ddim(read_json(_part(source, root, "scheduler") / "scheduler_config.json"))
+def load_ddim(source: str | Path, root: Path | None = None, prediction_type: str | None = None) -> DDIMScheduler:
+    """The pipeline's noise schedule with the paper's sampler, DDIM (section 6.1).
+
+    Args:
+        prediction_type: of the model that is to be sampled from, where it is another than the pipeline's.
+    """
+    config = read_json(_part(source, root, "scheduler") / "scheduler_config.json")
+    return as_ddim(config if prediction_type is None else config | {"prediction_type": prediction_type})
 
 
 def as_ddim(scheduler: SchedulerMixin | dict[str, Any]) -> DDIMScheduler:

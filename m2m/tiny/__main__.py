@@ -46,7 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     m2m.add_argument("--steps", type=int, default=1000)
     m2m.add_argument("--sets", type=int, default=3000)
     m2m.add_argument("--timesteps", choices=("uniform", "shifted"), default="uniform", help="shifted: to high noise")
-    m2m.add_argument("--loss", choices=("noise", "velocity"), default="noise", help="velocity: high noise counts more")
+    m2m.add_argument("--loss", choices=("noise", "velocity"), help="default: of what the U-Net predicts")
+    m2m.add_argument("--prediction-type", choices=("epsilon", "v_prediction"), default="epsilon", help="of the U-Net")
     m2m.add_argument("--seed", type=int, default=0)
     m2m.add_argument("--out", type=Path, default=WEIGHTS)
     m2m.add_argument("--threads", type=int, default=2)
@@ -106,7 +107,8 @@ def _train(arguments: argparse.Namespace) -> None:
 def _m2m(arguments: argparse.Namespace) -> None:
     from m2m.tiny.many_to_many import train_many_to_many
 
-    given = {name: getattr(arguments, name) for name in ("steps", "sets", "timesteps", "threads", "seed")}
+    names = ("steps", "sets", "timesteps", "prediction_type", "threads", "seed")
+    given = {name: getattr(arguments, name) for name in names}
     print(train_many_to_many(arguments.variant, arguments.out, weighting=arguments.loss, **given))
 
 

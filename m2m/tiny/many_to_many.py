@@ -5,6 +5,7 @@ loop and loss as the stage `pretrain`), the stage itself, which goes on from the
 """
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,9 +34,11 @@ from m2m.training.starting import feature_width, fresh_unet
 
 Variant = Literal["self", "dino"]
 Timesteps = Literal["uniform", "shifted"]
+PredictionType = Literal["epsilon", "v_prediction"]
 IMAGES_PER_SET = 5
 SHARED = 0.7  # how often an attribute is the same in all pictures of a set
 _MADE_BY = "made_by.json"
+_SCHEDULER = "scheduler"
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ def train_many_to_many(
     steps: int = 1000,
     sets: int = 3000,
     timesteps: Timesteps = "uniform",
-    weighting: LossWeighting = "noise",
+    weighting: LossWeighting | None = None,
+    prediction_type: PredictionType = "epsilon",
     threads: int = 2,
     seed: int = 0,
 ) -> Path:
@@ -111,13 +115,15 @@ def train_many_to_many(
         }
     )
     command = f"python -m m2m.tiny m2m {variant} --steps {steps} --sets {sets} --timesteps {timesteps} --seed {seed}"
-    command += f" --loss {weighting}" * (weighting != "noise")
+    command += f" --loss {weighting}" * (weighting is not None)
+    command += f" --prediction-type {prediction_type}" * (prediction_type != "epsilon")
     (work / _MADE_BY).write_text(json.dumps({"command": command}) + "\n")
     accelerator = open_accelerator(settings.compute)
     dino = load_dino(str(weights / "dinov2"), Path.cwd()) if variant == "dino" else None
     width = None if dino is None else dino.config.hidden_size
     unet = fresh_unet(source, Path.cwd(), variant, width, seed, {})
-    scheduler = load_ddim(source, Path.cwd())
+    scheduler = load_ddim(source, Path.cwd(), prediction_type)
+    scheduler.save_pretrained(work / _SCHEDULER)
     pipeline = ManyToManyPipeline(load_vae(source, Path.cwd()), unet, scheduler, dino)
     data, belongs_to = drawn_sets(pipeline, sets, seed), f"{variant}-{sets}-{seed}"
     train(
@@ -131,7 +137,7 @@ def train_many_to_many(
         belongs_to=belongs_to,
         label=name,
     )
-    return _ship(unet, weights / name, command, (work / LOG).read_text())
+    return _ship(unet, work / _SCHEDULER, weights / name, command, (work / LOG).read_text())
 
 
 def ship_newest(name: str, weights: Path) -> Path:
@@ -157,11 +163,13 @@ def ship_newest(name: str, weights: Path) -> Path:
     told = work / _MADE_BY
     if told.is_file():
         command = f"{json.loads(told.read_text())['command']} (as after step {found.step})"
-    return _ship(unet, weights / name, command, found.log)
+    return _ship(unet, work / _SCHEDULER, weights / name, command, found.log)
 
 
-def _ship(unet: ManyToManyUNet, out: Path, command: str, log: str) -> Path:
+def _ship(unet: ManyToManyUNet, scheduler: Path, out: Path, command: str, log: str) -> Path:
     unet.half().save_pretrained(out / "unet")
+    if scheduler.is_dir():  # it says what the U-Net predicts
+        shutil.copytree(scheduler, out / _SCHEDULER, dirs_exist_ok=True)
     (out / _MADE_BY).write_text(json.dumps({"command": command}) + "\n")
     (out / LOG).write_text(log)
     return out

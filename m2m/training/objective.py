@@ -18,6 +18,7 @@ from m2m.models.unet import ManyToManyUNet
 from m2m.training.timesteps import TimestepSampling
 
 LossWeighting = Literal["noise", "velocity"]
+_PREDICTED: dict[str, LossWeighting] = {"epsilon": "noise", "v_prediction": "velocity"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Objective:
             of a size drawn from 1 to i - 1 would show it.
         context_noise: M2M-Self's preceding images are noised up to this timestep, each to its own, which its clean
             stream is told (conditioning augmentation; Ho et al. 2022, arXiv:2106.15282, section 3). 0: clean.
-        weighting: of the errors: noise as in Eq. 5, or velocity, 1/alpha_bar times that (`SetLoss`).
+        weighting: of the errors: noise as in Eq. 5, or velocity, 1/alpha_bar times that (`SetLoss`); None: what the
+            model predicts.
     """
 
     seed: int
@@ -72,11 +74,11 @@ class Objective:
     dropping: Literal["set", "image"] = "set"
     random_context: bool = False
     context_noise: int = 0
-    weighting: LossWeighting = "noise"
+    weighting: LossWeighting | None = None
 
     def steady(self, purpose: str) -> "Objective":
         """The paper's objective under draws of another purpose, with nothing dropped: to compare trainings by."""
-        plain = Objective(self.seed, self.timesteps, context_dropout=0.0, condition_dropout=0.0)
+        plain = Objective(self.seed, self.timesteps, context_dropout=0.0, condition_dropout=0.0, weighting="noise")
         return replace(plain, num_train_timesteps=self.num_train_timesteps, purpose=purpose)
 
     def draw(self, samples: Sequence[int], epoch: int, shape: Sequence[int]) -> Draws:
@@ -140,17 +142,19 @@ class SetLoss(nn.Module):
     def __init__(self, unet: ManyToManyUNet, schedule: DDPMScheduler | DDIMScheduler) -> None:
         """
         Args:
-            schedule: the forward diffusion of the text-to-image model that the weights come from.
+            schedule: the forward diffusion of the model that the weights come from, and what it predicts.
 
         Raises:
-            InputError: the model predicts something else than the noise.
+            InputError: the model predicts something else than noise or velocity.
         """
         super().__init__()
-        if schedule.config["prediction_type"] != "epsilon":
+        prediction_type = schedule.config["prediction_type"]
+        if prediction_type not in _PREDICTED:
             raise InputError(
-                f"the text-to-image model's scheduler predicts {schedule.config['prediction_type']}, and the paper's "
-                "objective (Eq. 5) predicts the noise: take a model with prediction_type epsilon"
+                f"the scheduler's model predicts {prediction_type}: the objective (Eq. 5) is that of a model with "
+                f"prediction_type {' or '.join(_PREDICTED)}"
             )
+        self.predicts = _PREDICTED[prediction_type]
         self.unet = unet
         self.schedule = schedule
 
@@ -163,9 +167,11 @@ class SetLoss(nn.Module):
         features: Tensor | None = None,
         condition: Tensor | None = None,
         counts: Tensor | None = None,
-        weighting: LossWeighting = "noise",
+        weighting: LossWeighting | None = None,
     ) -> Tensor:
         """The loss of each set: squared error of the predicted noise, averaged over its images (Eq. 5).
+
+        Weighted by noise, a model of the velocity has the same loss: its error times alpha_bar is the noise's.
 
         Weighted by velocity, an image's error is divided by alpha_bar of its timestep, which makes it that of
         the velocity sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) image (Salimans & Ho 2022, arXiv:2202.00512). At high
@@ -179,7 +185,7 @@ class SetLoss(nn.Module):
             condition: (B, N, P) camera poses or step positions, for fine-tuned models.
             counts: (B,) true images of each set where short sets are padded at their end: as no image sees a later
                 one, leaving the padding out of the mean leaves it out altogether.
-            weighting: of the images' errors.
+            weighting: of the images' errors; None: those of what the model predicts.
 
         Returns:
             (B,) float32.
@@ -206,13 +212,20 @@ class SetLoss(nn.Module):
             condition=condition,
             keep_condition=None if condition is None else draws.keep_condition,
         )
-        errors = (predicted.float() - draws.noise.float()).square().flatten(2).mean(2)
-        if weighting == "velocity":
-            errors = errors / self.schedule.alphas_cumprod.to(errors)[draws.timesteps]
+        errors = (predicted.float() - self._target(latents, draws)).square().flatten(2).mean(2)
+        if weighting not in (None, self.predicts):
+            share = self.schedule.alphas_cumprod.to(errors)[draws.timesteps]
+            errors = errors * share if weighting == "noise" else errors / share
         if counts is None:
             return errors.mean(1)
         there = torch.arange(images, device=counts.device) < counts[:, None]
         return (errors * there).sum(1) / counts
+
+    def _target(self, latents: Tensor, draws: Draws) -> Tensor:
+        if self.predicts == "noise":
+            return draws.noise.float()
+        flat = (latents.flatten(0, 1), draws.noise.flatten(0, 1), draws.timesteps.flatten())
+        return self.schedule.get_velocity(*flat).float().view_as(latents)  # type: ignore[arg-type]
 
     def _noised_context(self, clean: Tensor, draws: Draws) -> Tensor:
         if draws.clean_noise is None or draws.clean_timesteps is None:

@@ -4,13 +4,13 @@ Belongs here: its settings, starting weights, sets. Not here: the loop, the loss
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from m2m.config import ModelSource, resolve
+from m2m.config import Later, ModelSource, resolve
 from m2m.data.sets import FeaturesIndex, SetsIndex, TrainingSets, read_index
 from m2m.errors import ConfigError
 from m2m.models.sd21 import DINOV2_GIANT, STABLE_DIFFUSION_2_1_BASE
@@ -42,7 +42,14 @@ class Pretrain(TrainingSettings):
         STABLE_DIFFUSION_2_1_BASE, description="the model whose U-Net, autoencoder and noise schedule M2M takes over"
     )
     init_from: ModelSource | None = Field(
-        None, description="an M2M folder of the same variant to start from instead of the text-to-image U-Net"
+        None,
+        description="an M2M folder of the same variant to start from instead of the text-to-image U-Net; its scheduler "
+        "is taken over, too, where it has one",
+    )
+    prediction_type: Annotated[Literal["epsilon", "v_prediction"] | None, Later()] = Field(
+        None,
+        description="what the U-Net learns to predict: noise (Eq. 5) or velocity (Salimans & Ho 2022), with which a "
+        "small U-Net sees much more of the image in high noise; None: what its starting weights predict",
     )
     dino: ModelSource = Field(DINOV2_GIANT, description="M2M-DINO's image encoder; the paper does not say which DINOv2")
     feature_size: int | None = Field(
@@ -189,14 +196,17 @@ def _starting_pipeline(config: Pretrain, variant: str, root: Path, label: str | 
     if config.init_from is None:
         unet = fresh_unet(config.text_to_image, root, variant, width, config.seed, config.own_unet_settings())
         source = config.text_to_image, resolve(config.text_to_image, root)
+        scheduler = load_ddim(config.text_to_image, root, config.prediction_type)
     else:
         folder = local_or_hub_folder(config.init_from, root)
         unet = continued_unet(folder, variant, width, config.own_unet_settings())
         source = config.init_from, folder
+        trained_with = folder if (folder / "scheduler").is_dir() else config.text_to_image
+        scheduler = load_ddim(trained_with, root, config.prediction_type)
     pipeline = ManyToManyPipeline(
         vae=load_vae(config.text_to_image, root),
         unet=unet,
-        scheduler=load_ddim(config.text_to_image, root),
+        scheduler=scheduler,
         image_encoder=dino,
         feature_size=config.feature_size,
     )

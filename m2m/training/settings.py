@@ -56,10 +56,10 @@ class TrainingSettings(StageConfig):
     timestep_shift: float = Field(3.0, gt=0, description="of timestep_sampling=shifted; over 1: towards noise")
     timestep_mean: float = Field(1.0, description="of timestep_sampling=logit_normal; over 0: towards noise")
     timestep_std: float = Field(1.0, gt=0, description="of timestep_sampling=logit_normal")
-    loss_weighting: Annotated[Literal["noise", "velocity"], Later()] = Field(
-        "noise",
+    loss_weighting: Annotated[Literal["noise", "velocity"] | None, Later()] = Field(
+        None,
         description="what errors count: of the noise (Eq. 5), or of the velocity (Salimans & Ho 2022), which counts "
-        "them at high noise, where preceding images matter, up to 200 times as much",
+        "them at high noise, where preceding images matter, up to 200 times as much; None: of what the model predicts",
     )
     context_dropout: float = Field(
         0.1, ge=0, le=1, description="share of sets trained without preceding images (section 6.1)"

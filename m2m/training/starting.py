@@ -144,7 +144,7 @@ def feature_width(dino: str, root: Path) -> int:
 
 def local_or_hub_folder(source: str, root: Path) -> Path:
     """An M2M folder: local, or downloaded."""
-    return model_folder(source, root, ("unet",))
+    return model_folder(source, root, ("unet", "scheduler"))
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from m2m.errors import ArtifactError
+from m2m.models.text_to_image import load_ddim
 from m2m.tiny import WEIGHTS, many_to_many
 from m2m.tiny.export import export
 from m2m.tiny.many_to_many import IMAGES_PER_SET, draw_set
@@ -38,7 +39,9 @@ def test_an_unfinished_training_ships_its_averages_of_its_newest_checkpoint(tmp_
     for step, tensors in ((100, nothing), (200, average)):
         parts = {"unet": nothing, "average": tensors}
         checkpoints.save(tmp_path / "m2m-self-2" / "checkpoints", Checkpoint(step, parts, "the log\n", "self-30-2"), 2)
+    load_ddim(WEIGHTS / "stable-diffusion", None, "v_prediction").save_pretrained(tmp_path / "m2m-self-2" / "scheduler")
     folder = export("m2m-self-2", tmp_path / "shipped")
+    assert load_ddim(folder).config["prediction_type"] == "v_prediction"
     shipped = continued_unet(folder, "self", None, {}).state_dict()
     assert all(torch.equal(shipped[name], average[name]) for name in average)
     assert (folder / "training_log.jsonl").read_text() == "the log\n"

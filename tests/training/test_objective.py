@@ -227,9 +227,28 @@ def test_padding_at_the_end_of_a_set_counts_for_nothing():
     assert torch.allclose(padded[0], loss(latents[:, :2], short)[0], rtol=1e-4)
 
 
-def test_a_model_that_does_not_predict_noise_is_refused():
-    with pytest.raises(InputError, match="prediction_type epsilon"):
-        SetLoss(toy_unet(), DDPMScheduler(prediction_type="v_prediction"))
+@pytest.mark.parametrize("weighting", ["noise", "velocity"])
+@torch.no_grad()
+def test_what_a_model_predicts_changes_nothing_of_what_is_counted(weighting):
+    """A model of the velocity that knows what a model of the noise knows has the same loss."""
+    unet, latents = toy_unet().eval(), torch.randn(2, *SHAPE)
+    draws = Objective(seed=4).draw([0, 1], 0, SHAPE)
+    share = DDPMScheduler().alphas_cumprod[draws.timesteps][..., None, None, None]
+    of_noise = unet.training_forward
+
+    def of_velocity(noisy, *given, **more):
+        noise = of_noise(noisy, *given, **more)
+        return share.sqrt() * noise - (1 - share).sqrt() * (noisy - (1 - share).sqrt() * noise) / share.sqrt()
+
+    found = SetLoss(unet, DDPMScheduler())(latents, draws, weighting=weighting)
+    unet.training_forward = of_velocity
+    schedule = DDPMScheduler(prediction_type="v_prediction")
+    assert torch.allclose(SetLoss(unet, schedule)(latents, draws, weighting=weighting), found, rtol=1e-3)
+
+
+def test_a_model_that_predicts_neither_noise_nor_velocity_is_refused():
+    with pytest.raises(InputError, match="prediction_type epsilon or v_prediction"):
+        SetLoss(toy_unet(), DDPMScheduler(prediction_type="sample"))
 
 
 def _many(objective: Objective) -> Draws:

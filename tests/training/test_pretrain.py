@@ -88,6 +88,22 @@ def test_training_can_start_from_a_trained_folder_of_its_variant(settings, start
         pretrain(settings(init_from=str(first.out), clean_timestep=5), run)
 
 
+def test_what_a_model_predicts_goes_with_its_weights(settings, start_run, image_sets):
+    first = start_run("pretrain@self", {"sets": image_sets}, "first")
+    pretrain(settings(prediction_type="v_prediction"), first)
+    second = start_run("pretrain@self", {"sets": image_sets}, "second")
+    pretrain(settings(init_from=str(first.out), epochs=1), second)
+    for made in (first, second):
+        assert load_pipeline(made.out).scheduler.config["prediction_type"] == "v_prediction"
+    before, after = first.summary["figures"], second.summary["figures"]
+    assert after["validation_loss_before"] == pytest.approx(before["validation_loss_after"], rel=1e-4)
+    (only_weights := first.out.parent / "only weights").mkdir()
+    shutil.copytree(first.out / "unet", only_weights / "unet")
+    third = start_run("pretrain@self", {"sets": image_sets}, "third")
+    pretrain(settings(init_from=str(only_weights), steps=0), third)
+    assert load_pipeline(third.out).scheduler.config["prediction_type"] == "epsilon", "the text-to-image model's"
+
+
 def test_no_steps_leave_the_starting_weights_as_they_are(settings, start_run, image_sets):
     trained, taken = start_run("pretrain@self", {"sets": image_sets}, "trained"), None
     pretrain(settings(), trained)
