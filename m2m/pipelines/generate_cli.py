@@ -17,7 +17,11 @@ from m2m.pipelines.many_to_many import load_pipeline
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, help="folder of a trained model, for example outputs/tiny/pretrain/self")
+    parser.add_argument(
+        "model",
+        type=Path,
+        help='a trained model\'s folder, outputs/tiny/pretrain/self; or "tiny", "tiny-self": embedded',
+    )
     parser.add_argument("images", type=Path, nargs="*", help="preceding images, in order; none at all is allowed")
     parser.add_argument(
         "--out", type=Path, default=Path("generated"), help="folder for the images (default: generated)"

@@ -48,6 +48,7 @@ from m2m.pipelines.pictures import Pictures, as_output, as_sets
 from m2m.pipelines.rollout import Rollout
 from m2m.pipelines.saved_pipeline import FORMAT_VERSION, check_saved_pipeline, saved_image_encoder
 from m2m.pipelines.schedulers import check_scheduler
+from m2m.tiny import EMBEDDED
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -293,12 +294,17 @@ class ManyToManyPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "ManyToManyPipeline":
-        """Load a saved pipeline, strictly.
+        """Load a saved pipeline, strictly; "tiny" and "tiny-self" are M2M-DINO and M2M-Self of the embedded models.
 
         Raises:
             InputError, ConfigError: what does not belong into the folder, or is missing there, by name.
         """
         folder = Path(pretrained_model_name_or_path)
+        if _is_embedded(folder):
+            from m2m.tiny.embedded import saved  # builds a pipeline of this class
+
+            with saved(str(folder)) as there:
+                return cls.from_pretrained(there, **kwargs)
         if folder.is_dir():
             check_saved_pipeline(cls, folder, kwargs.get("variant"))
             kwargs |= saved_image_encoder(folder, kwargs)
@@ -343,6 +349,7 @@ def load_pipeline(folder: str | Path, variant: str | None = None, compute: Compu
     """A trained pipeline from its folder, ready to sample.
 
     Args:
+        folder: or the name of an embedded one, "tiny" or "tiny-self".
         variant: "self" or "dino" where the caller can use only one.
 
     Raises:
@@ -350,16 +357,17 @@ def load_pipeline(folder: str | Path, variant: str | None = None, compute: Compu
         InputError, ConfigError: it is damaged.
     """
     folder = Path(folder)
-    if not (folder / "model_index.json").is_file():
+    embedded = _is_embedded(folder)
+    if not embedded and not (folder / "model_index.json").is_file():
         raise ArtifactError(f"{folder}: no trained model here (model_index.json). `python -m m2m pretrain` makes one")
-    there = read_json(folder / "unet" / "config.json").get("variant")
+    there = EMBEDDED[str(folder)] if embedded else read_json(folder / "unet" / "config.json").get("variant")
     if variant is not None and there != variant:
         raise ArtifactError(
             f"{folder} was made by {VARIANTS.get(str(there), there)} (unet/config.json: variant {there}); "
             f"{variant} was asked for"
         )
     device = start_compute(compute)
-    variant_of_weights = only_variant(folder / "unet")
+    variant_of_weights = None if embedded else only_variant(folder / "unet")
     pipeline = ManyToManyPipeline.from_pretrained(folder, dtype=torch_dtype(compute), variant=variant_of_weights)
     for part in (pipeline.vae, pipeline.unet, pipeline.image_encoder):
         if part is not None:
@@ -382,3 +390,7 @@ def _equal_lengths(sets: Sequence[Tensor]) -> list[list[int]]:
     for number, images in enumerate(sets):
         groups.setdefault(len(images), []).append(number)
     return list(groups.values())
+
+
+def _is_embedded(folder: Path) -> bool:
+    return str(folder) in EMBEDDED and not folder.exists()

@@ -9,3 +9,5 @@ from pathlib import Path
 ROOT = Path(__file__).parent
 DATA = ROOT / "data"
 WEIGHTS = ROOT / "weights"
+EMBEDDED = {"tiny": "dino", "tiny-dino": "dino", "tiny-self": "self"}
+"""Names that `ManyToManyPipeline.from_pretrained` knows without a folder, and the variant of each."""

@@ -37,17 +37,18 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--out", type=Path, default=WEIGHTS, help="where the trained model is shipped to")
     train.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
     train.add_argument("--threads", type=int, help="default: torch's own choice")
+    train.add_argument("--init-from", type=Path, metavar="FOLDER", help="text-to-image: of a U-Net to start from")
     train.set_defaults(run=_train)
 
     m2m = commands.add_parser(
         "m2m", help="train M2M's starting weights on drawn sets, from the shipped text-to-image ones"
     )
     m2m.add_argument("variant", choices=("self", "dino"))
-    m2m.add_argument("--steps", type=int, default=1000)
-    m2m.add_argument("--sets", type=int, default=3000)
-    m2m.add_argument("--timesteps", choices=("uniform", "shifted"), default="uniform", help="shifted: to high noise")
+    m2m.add_argument("--steps", type=int, default=2000)
+    m2m.add_argument("--sets", type=int, default=12_000)
+    m2m.add_argument("--timesteps", choices=("uniform", "shifted"), default="shifted", help="shifted: to high noise")
     m2m.add_argument("--loss", choices=("noise", "velocity"), help="default: of what the U-Net predicts")
-    m2m.add_argument("--prediction-type", choices=("epsilon", "v_prediction"), default="epsilon", help="of the U-Net")
+    m2m.add_argument("--prediction-type", choices=("epsilon", "v_prediction"), help="default: as text-to-image's")
     m2m.add_argument("--seed", type=int, default=0)
     m2m.add_argument("--out", type=Path, default=WEIGHTS)
     m2m.add_argument("--threads", type=int, default=2)
@@ -55,7 +56,10 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="ship the newest checkpoints, also of unfinished trainings")
     export.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"default: {', '.join(MODELS)}. Also m2m-self, m2m-dino-1 (of seed 1)"
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"default: {', '.join(MODELS)}. Also m2m-self, m2m-dino-1 (of seed 1), or a folder that finetune made",
     )
     export.add_argument("--out", type=Path, default=WEIGHTS)
     export.set_defaults(run=_export)
@@ -66,6 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--samples", type=int, default=500, help="text-to-image samples")
     measure.add_argument("--grid", type=Path, help="also write a PNG of samples here")
     measure.set_defaults(run=_measure)
+    seen = commands.add_parser("seen", help="how much of an image models see through noise, after four images and none")
+    seen.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="outputs/tiny_claims/pretrain/self")
+    seen.add_argument("--sets", type=int, default=200)
+    seen.set_defaults(run=_seen)
     results = commands.add_parser("results", help="fill the marked places of the page of results from outputs")
     results.add_argument("outputs", type=Path, nargs="+", help="outputs/tiny_claims, one folder for each seed")
     results.add_argument("--page", type=Path, default=Path("docs/results/README.md"))
@@ -99,8 +107,10 @@ def _train(arguments: argparse.Namespace) -> None:
         "dino": dino.train_dino,
         "text-to-image": text_to_image.train_text_to_image,
     }
-    steps = {"steps": arguments.steps} if arguments.steps else {}
-    trainings[arguments.name](resume=arguments.resume, **steps)
+    given = {name: getattr(arguments, name) for name in ("steps", "init_from")}
+    if arguments.init_from and arguments.name != "text-to-image":
+        raise SystemExit(f"--init-from: {arguments.name} is trained from random weights; text-to-image alone takes it")
+    trainings[arguments.name](resume=arguments.resume, **{name: one for name, one in given.items() if one is not None})
     export(arguments.name, arguments.out)
 
 
@@ -123,6 +133,16 @@ def _measure(arguments: argparse.Namespace) -> None:
     from m2m.tiny.measure import measure
 
     measure(arguments.weights, arguments.pictures, arguments.samples, arguments.grid)
+
+
+def _seen(arguments: argparse.Namespace) -> None:
+    from m2m.tiny.seen_through_noise import TIMESTEPS, seen_through_noise
+
+    width = max(len(str(folder)) for folder in arguments.folders) + len(", after 4")
+    print(f"{'squared error over variance, at timestep':>{width}} {' '.join(f'{one:>6}' for one in TIMESTEPS)}")
+    for folder in arguments.folders:
+        for told, errors in seen_through_noise(folder, arguments.sets).items():
+            print(f"{f'{folder}, {told}':>{width}} {' '.join(f'{one:6.3f}' for one in errors)}", flush=True)
 
 
 def _results(arguments: argparse.Namespace) -> None:

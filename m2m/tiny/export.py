@@ -10,9 +10,15 @@ from pathlib import Path
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
+from m2m.errors import ArtifactError
+from m2m.models.unet import ManyToManyUNet
+from m2m.pipelines.model_card import read_facts
 from m2m.tiny import autoencoder, classifier, clip, dino, many_to_many, text_to_image
 from m2m.tiny.training import OUTPUTS
 from m2m.tiny.world import SIZE
+from m2m.training.finetune import CONDITIONS
+from m2m.training.log import LOG
+from m2m.training.starting import MADE_BY
 
 _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "LICENSE")
 
@@ -20,7 +26,8 @@ _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "LICENS
 def export(name: str, out: Path) -> Path:
     """Write the newest checkpoint of training `name` into its folder under `out`; M2M's are `m2m-self`, `m2m-dino-1`.
 
-    The autoencoder and the U-Net share one folder, so either export rewrites it with whatever both have by then.
+    Or, where `name` is the folder of what `finetune` made, that U-Net. The autoencoder and the text-to-image U-Net share
+    one folder, so either export rewrites it with whatever both have by then.
     """
     if name == "classifier":
         model, _ = classifier.load_training()
@@ -42,7 +49,23 @@ def export(name: str, out: Path) -> Path:
         return _with_log(out / "dinov2", name)
     if name.startswith("m2m-"):
         return many_to_many.ship_newest(name, out)
+    if (Path(name) / "unet").is_dir():
+        return _export_fine_tuned(Path(name), out / Path(name).name)
     return _export_stable_diffusion(out / "stable-diffusion")
+
+
+def _export_fine_tuned(folder: Path, out: Path) -> Path:
+    unet = ManyToManyUNet.from_pretrained(folder / "unet")
+    task = {condition: name for name, condition in CONDITIONS.items()}.get(unet.config["condition"])
+    if task is None:
+        raise ArtifactError(f"{folder}: not what finetune made: its U-Net has no condition")
+    unet.half().save_pretrained(out / "unet")
+    shutil.copytree(folder / "scheduler", out / "scheduler", dirs_exist_ok=True)
+    shutil.copyfile(folder / LOG, out / LOG)
+    command = f"python -m m2m finetune --variant {task} steps={len((out / LOG).read_text().splitlines())}"
+    started = f" (initialised from: {read_facts(folder).initialised_from})"
+    (out / MADE_BY).write_text(json.dumps({"command": command + started}) + "\n")
+    return out
 
 
 def _export_stable_diffusion(folder: Path) -> Path:

@@ -30,14 +30,13 @@ from m2m.training.log import LOG
 from m2m.training.loop import CHECKPOINTS, train
 from m2m.training.objective import LossWeighting, SetLoss
 from m2m.training.settings import TrainingSettings
-from m2m.training.starting import feature_width, fresh_unet
+from m2m.training.starting import MADE_BY, feature_width, fresh_unet
 
 Variant = Literal["self", "dino"]
 Timesteps = Literal["uniform", "shifted"]
 PredictionType = Literal["epsilon", "v_prediction"]
 IMAGES_PER_SET = 5
 SHARED = 0.7  # how often an attribute is the same in all pictures of a set
-_MADE_BY = "made_by.json"
 _SCHEDULER = "scheduler"
 
 
@@ -81,11 +80,11 @@ def drawn_sets(pipeline: ManyToManyPipeline, count: int, seed: int) -> DrawnSets
 def train_many_to_many(
     variant: Variant,
     weights: Path,
-    steps: int = 1000,
-    sets: int = 3000,
-    timesteps: Timesteps = "uniform",
+    steps: int = 2000,
+    sets: int = 12_000,
+    timesteps: Timesteps = "shifted",
     weighting: LossWeighting | None = None,
-    prediction_type: PredictionType = "epsilon",
+    prediction_type: PredictionType | None = None,
     threads: int = 2,
     seed: int = 0,
 ) -> Path:
@@ -116,8 +115,8 @@ def train_many_to_many(
     )
     command = f"python -m m2m.tiny m2m {variant} --steps {steps} --sets {sets} --timesteps {timesteps} --seed {seed}"
     command += f" --loss {weighting}" * (weighting is not None)
-    command += f" --prediction-type {prediction_type}" * (prediction_type != "epsilon")
-    (work / _MADE_BY).write_text(json.dumps({"command": command}) + "\n")
+    command += f" --prediction-type {prediction_type}" * (prediction_type is not None)
+    (work / MADE_BY).write_text(json.dumps({"command": command}) + "\n")
     accelerator = open_accelerator(settings.compute)
     dino = load_dino(str(weights / "dinov2"), Path.cwd()) if variant == "dino" else None
     width = None if dino is None else dino.config.hidden_size
@@ -160,7 +159,7 @@ def ship_newest(name: str, weights: Path) -> Path:
     unet = fresh_unet(source, Path.cwd(), variant, width, int(seed), {})
     unet.load_state_dict(found.tensors["average"])
     command = f"python -m m2m.tiny m2m {variant} --steps {found.step} --sets {sets} --seed {seed}"
-    told = work / _MADE_BY
+    told = work / MADE_BY
     if told.is_file():
         command = f"{json.loads(told.read_text())['command']} (as after step {found.step})"
     return _ship(unet, work / _SCHEDULER, weights / name, command, found.log)
@@ -170,6 +169,6 @@ def _ship(unet: ManyToManyUNet, scheduler: Path, out: Path, command: str, log: s
     unet.half().save_pretrained(out / "unet")
     if scheduler.is_dir():  # it says what the U-Net predicts
         shutil.copytree(scheduler, out / _SCHEDULER, dirs_exist_ok=True)
-    (out / _MADE_BY).write_text(json.dumps({"command": command}) + "\n")
+    (out / MADE_BY).write_text(json.dumps({"command": command}) + "\n")
     (out / LOG).write_text(log)
     return out

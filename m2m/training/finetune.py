@@ -4,18 +4,19 @@ Belongs here: its settings, starting weights, keeping encoded images. Not here: 
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from m2m.artifacts import write_json
-from m2m.config import Incidental, SourcePath, resolve
+from m2m.config import Incidental, Later, ModelSource, SourcePath, resolve
 from m2m.data.objaverse import ObjaverseViews
 from m2m.data.vgsi import Procedures
 from m2m.models.autoencoder import pixels_per_latent
 from m2m.models.saved import only_variant
+from m2m.models.text_to_image import load_ddim
 from m2m.models.unet import VARIANTS, ManyToManyUNet
 from m2m.pipelines.many_to_many import ManyToManyPipeline
 from m2m.pipelines.model_card import CardFacts
@@ -27,8 +28,10 @@ from m2m.training.lora import add_lora, require_peft
 from m2m.training.settings import TrainingSettings
 from m2m.training.starting import (
     check_start,
+    continued_unet,
     feature_width,
     initialised_from,
+    local_or_hub_folder,
     origin,
     parameter_count,
     unet_config,
@@ -41,6 +44,11 @@ CONDITIONS = {"nvs": "camera", "vgsi": "position"}
 class Finetune(TrainingSettings):
     """Fine-tune M2M-DINO with camera poses (nvs) or positions in a procedure (vgsi) (sections 6.2 and 8.5)."""
 
+    init_from: Annotated[ModelSource | None, Later()] = Field(
+        None,
+        description="an M2M folder fine-tuned for the same task, whose U-Net (and scheduler, where it has one) is "
+        "trained on in place of the base's",
+    )
     data: SourcePath = Field(description="nvs: Objaverse renders in zero123's layout; vgsi: the VGSI release")
     min_validation: int = Field(
         1, ge=1, description="nvs: objects held out at least, the last 1 % being fewer; as evaluate@novel_views has it"
@@ -92,6 +100,8 @@ class Finetune(TrainingSettings):
             open_task(self, variant, folder, 64, "train"),
             open_task(self, variant, folder, 64, "held out"),
         )
+        if self.init_from is not None and resolve(self.init_from, root).is_dir():
+            check_start(resolve(self.init_from, root), "dino", CONDITIONS[variant])
         kind = "objects" if variant == "nvs" else "procedures"
         said = [
             f"{len(training):,} {kind} to train on, {len(held_out):,} held out, {len(training.set_aside):,} set aside"
@@ -116,15 +126,17 @@ def finetune(config: Finetune, run: StageRun) -> None:
     (in large folders, those found later are told in the log).
 
     Raises:
-        ArtifactError: the base is not M2M-DINO, or is fine-tuned already.
+        ArtifactError: the base is not M2M-DINO, or is fine-tuned already; `init_from` is not, or for the other task.
         InputError: no data in the expected layout.
         ConfigError: LoRA is asked for, and peft is not installed.
         CheckFailed: a loss is not finite.
     """
-    variant, base = str(run.stage.variant), run.inputs["base"]
+    variant, base, root = str(run.stage.variant), run.inputs["base"], run.profile.root
     accelerator = start_accelerator(config, run)
-    pipeline = conditioned_pipeline(base, CONDITIONS[variant], config.seed)
-    pipeline.card = CardFacts(initialised_from(str(base), base, run.profile.root), run.profile.label or None)
+    start = None if config.init_from is None else local_or_hub_folder(config.init_from, root)
+    source = (str(base), base) if start is None else (str(config.init_from), start)
+    pipeline = conditioned_pipeline(base, CONDITIONS[variant], config.seed, start)
+    pipeline.card = CardFacts(initialised_from(*source, root), run.profile.label or None)
     if config.lora_rank is not None:
         add_lora(pipeline.unet, config.lora_rank, config.lora_alpha, config.seed)
     pipeline.to(accelerator.device)
@@ -150,7 +162,7 @@ def finetune(config: Finetune, run: StageRun) -> None:
         Sets(training, held_out, encoding),
         objective,
         SamplePicture(config.sample_given, config.images_per_set - config.sample_given),
-        origin(str(base), base, run.profile.root),
+        origin(*source, root),
         accelerator,
         run,
     )
@@ -160,19 +172,24 @@ def finetune(config: Finetune, run: StageRun) -> None:
                 run.progress.log(f"{run.stage.key}: left out while training: {one}")
 
 
-def conditioned_pipeline(base: Path, condition: str, seed: int) -> ManyToManyPipeline:
-    """The base's pipeline with a fresh condition embedder, to train.
+def conditioned_pipeline(base: Path, condition: str, seed: int, init_from: Path | None = None) -> ManyToManyPipeline:
+    """The base's pipeline with a fresh condition embedder, or with the fine-tuned U-Net of `init_from`, to train.
 
     Raises:
-        ArtifactError: the base is not M2M-DINO, or is fine-tuned already.
+        ArtifactError: the base is not M2M-DINO, or is fine-tuned already; `init_from` has not this condition.
     """
     check_start(base, "dino")
     found = ManyToManyPipeline.from_pretrained(base, variant=only_variant(base / "unet"))
     for frozen in (found.vae, found.image_encoder):
         frozen.eval().requires_grad_(False)
-    found.unet.float()  # shipped weights may be of half precision
     own = {key: value for key, value in found.config.items() if key not in found.components and key[0] != "_"}
-    return ManyToManyPipeline(**found.components | {"unet": found.unet.add_condition(condition, seed)}, **own)
+    if init_from is None:
+        found.unet.float()  # shipped weights may be of half precision
+        return ManyToManyPipeline(**found.components | {"unet": found.unet.add_condition(condition, seed)}, **own)
+    parts: dict[str, Any] = {"unet": continued_unet(init_from, "dino", found.unet.feature_dim, {}, condition)}
+    if (init_from / "scheduler").is_dir():
+        parts["scheduler"] = load_ddim(init_from)
+    return ManyToManyPipeline(**found.components | parts, **own)
 
 
 def open_task(config: Finetune, variant: str, folder: Path, size: int, split: Literal["train", "held out"]) -> Task:

@@ -18,6 +18,9 @@ from m2m.models.sd21 import DINOV2_GIANT, DINOV2_GIANT_WIDTH, SD21_BASE_UNET, ST
 from m2m.models.text_to_image import load_unet, load_unet_config, model_folder
 from m2m.models.unet import VARIANTS, ManyToManyUNet
 
+MADE_BY = "made_by.json"
+"""Beside shipped weights: the command that made them."""
+
 
 def fresh_unet(
     text_to_image: str, root: Path, variant: str, feature_dim: int | None, seed: int, own: Mapping[str, Any]
@@ -27,14 +30,16 @@ def fresh_unet(
     return ManyToManyUNet.from_text_to_image(source, variant, feature_dim, seed=seed, **own)  # type: ignore[arg-type]
 
 
-def continued_unet(folder: Path, variant: str, feature_dim: int | None, own: Mapping[str, Any]) -> ManyToManyUNet:
+def continued_unet(
+    folder: Path, variant: str, feature_dim: int | None, own: Mapping[str, Any], condition: str | None = None
+) -> ManyToManyUNet:
     """The U-Net of an M2M folder, to train on.
 
     Raises:
-        ArtifactError: no such folder, the other variant, or a fine-tuned model.
+        ArtifactError: no such folder, the other variant, or one of another condition (a fine-tuned model, for None).
         ConfigError: it was trained with other settings of the U-Net than are asked for.
     """
-    config = check_start(folder, variant)
+    config = check_start(folder, variant, condition)
     for name, value in own.items():
         if config.get(name) != value:
             raise ConfigError(f"{folder} was trained with {name}={config.get(name)}; {name}={value} was asked for")
@@ -59,6 +64,10 @@ def check_start(folder: Path, variant: str, condition: str | None = None) -> dic
         raise ArtifactError(
             f"{folder} was made by {VARIANTS.get(str(found), 'another model')} (unet/config.json: variant {found}); "
             f"{variant} was asked for"
+        )
+    if config.get("condition") != condition and condition is not None:
+        raise ArtifactError(
+            f"{folder} is not fine-tuned with {condition}s (unet/config.json: condition {config.get('condition')})"
         )
     if config.get("condition") != condition:
         raise ArtifactError(
@@ -104,7 +113,7 @@ def initialised_from(source: str, folder: Path, root: Path) -> str:
 
 def _made_by(folder: Path) -> str | None:
     try:
-        return str(json.loads((folder / "made_by.json").read_bytes())["command"])
+        return str(json.loads((folder / MADE_BY).read_bytes())["command"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -1,6 +1,7 @@
 """M2M's tiny starting weights: the sets they learn from, and that the shipped ones are what a stage can start from."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from m2m.models.text_to_image import load_ddim
 from m2m.tiny import WEIGHTS, many_to_many
 from m2m.tiny.export import export
 from m2m.tiny.many_to_many import IMAGES_PER_SET, draw_set
+from m2m.tiny.seen_through_noise import TIMESTEPS, seen_through_noise
 from m2m.training import checkpoints
 from m2m.training.checkpoints import Checkpoint
 from m2m.training.starting import continued_unet
@@ -47,3 +49,13 @@ def test_an_unfinished_training_ships_its_averages_of_its_newest_checkpoint(tmp_
     assert (folder / "training_log.jsonl").read_text() == "the log\n"
     told = json.loads((folder / "made_by.json").read_text())["command"]
     assert told == "python -m m2m.tiny m2m self --steps 200 --sets 30 --seed 2"
+
+
+@pytest.mark.parametrize("name", ["tiny-self", "tiny-dino"])
+def test_a_model_sees_more_through_less_noise_and_more_with_images_before(name):
+    after_4, after_0 = (dict(zip(TIMESTEPS, errors)) for errors in seen_through_noise(Path(name), sets=24).values())
+    for errors in (after_4, after_0):
+        assert sorted(errors.values(), reverse=True) == [errors[timestep] for timestep in TIMESTEPS]
+        assert 0 < errors[250] < 0.1
+    assert all(after_4[timestep] < after_0[timestep] for timestep in (999, 950, 900, 750))
+    assert after_4[999] < 1  # the mean of all images has 1

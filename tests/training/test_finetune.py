@@ -14,6 +14,7 @@ from m2m.data.vgsi import Procedures
 from m2m.errors import ArtifactError, ConfigError
 from m2m.generation.noise import keyed_generator
 from m2m.pipelines.many_to_many import load_pipeline
+from m2m.tiny.export import export
 from m2m.training.finetune import Finetune, conditioned_pipeline, finetune
 from m2m.training.pretrain import Pretrain, pretrain
 from m2m.training.task_sets import NovelViews, TaskSets, VisualProcedures
@@ -117,6 +118,30 @@ def test_a_fine_tuned_folder_is_a_pipeline_with_a_condition(
     assert run.counts["set_aside"] == len(aside)
     assert run.summary["figures"]["started_from"] == "base"
     assert (run.out / "sample.png").is_file()
+
+
+def test_a_fine_tuned_model_is_trained_on(base, objects, procedures, start_run, quick, tmp_path):
+    first = start_run("finetune@nvs", {"base": base})
+    settings = {**quick, "data": str(objects), "sample_sets": 0}
+    finetune(Finetune.model_validate(settings), first)
+    shipped = export(str(first.out), tmp_path / "shipped")
+    assert json.loads((shipped / "made_by.json").read_text())["command"].startswith(
+        "python -m m2m finetune --variant nvs"
+    )
+    scheduler = shipped / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "v_prediction"}))
+    second = start_run("finetune@nvs", {"base": base}, "second")
+    finetune(Finetune.model_validate({**settings, "init_from": str(shipped), "steps": 0}), second)
+    before, taken = load_pipeline(first.out), load_pipeline(second.out)
+    for name, weight in taken.unet.state_dict().items():
+        assert torch.equal(weight, before.unet.state_dict()[name].half().float()), name
+    assert taken.scheduler.config["prediction_type"] == "v_prediction"
+    assert second.summary["figures"]["started_from"].startswith("shipped/out, made by: python -m m2m finetune")
+    other = Finetune.model_validate({**settings, "data": str(procedures), "init_from": str(shipped)})
+    with pytest.raises(ArtifactError, match="not fine-tuned with positions"):
+        finetune(other, start_run("finetune@vgsi", {"base": base}, "other"))
+    with pytest.raises(ArtifactError, match="not fine-tuned with cameras"):
+        Finetune.model_validate({**settings, "init_from": str(base)}).preview(tmp_path, "nvs")
 
 
 def test_images_kept_in_memory_train_the_same(base, objects, start_run, quick):
