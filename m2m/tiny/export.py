@@ -26,7 +26,7 @@ _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "LICENS
 def export(name: str, out: Path) -> Path:
     """Write the newest checkpoint of training `name` into its folder under `out`; M2M's are `m2m-self`, `m2m-dino-1`.
 
-    Or, where `name` is the folder of what `finetune` made, that U-Net. The autoencoder and the text-to-image U-Net share
+    Or, where `name` is a folder that `finetune` made, its U-Net. The autoencoder and the text-to-image U-Net are in
     one folder, so either export rewrites it with whatever both have by then.
     """
     if name == "classifier":
