@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, Dinov2Model
 
+from m2m.evaluation.measures import psnr
 from m2m.tiny import clip, dino
 from m2m.tiny.classifier import Classifier
 from m2m.tiny.training import HELD_OUT_SEED, Bank, bank
@@ -28,13 +29,15 @@ def measure(weights: Path, pictures: int = 2000, samples: int = 500, grid: Path 
     pipeline = StableDiffusionPipeline.from_pretrained(weights / "stable-diffusion", safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     images = held_out.batch(np.arange(len(held_out)))
+    reconstructions = reconstruct(pipeline, images)
 
     found: dict[str, object] = {
         "command": f"python -m m2m.tiny measure --pictures {pictures} --samples {samples}",
         "pictures": pictures,
         "samples": samples,
         "originals_read": _rates(judge.predict(images), held_out),
-        "reconstructions_read": _rates(judge.predict(reconstruct(pipeline, images)), held_out),
+        "reconstructions_read": _rates(judge.predict(reconstructions), held_out),
+        "reconstructions_psnr": round(float(psnr(_bytes(reconstructions), _bytes(images)).mean()), 2),
         "latents_std": round(_latents_std(pipeline, images[:512]), 4),
     }
     captions, drawn = sample_images(pipeline, samples)
@@ -45,7 +48,7 @@ def measure(weights: Path, pictures: int = 2000, samples: int = 500, grid: Path 
         rows = [
             torch.cat(list(drawn[start : start + 12]), dim=2) for start in range(0, min(samples, 96) // 12 * 12, 12)
         ]
-        Image.fromarray((torch.cat(rows, dim=1).permute(1, 2, 0) * 255).byte().numpy()).save(grid)
+        Image.fromarray(_bytes(torch.cat(rows, dim=1)).permute(1, 2, 0).numpy()).save(grid)
     text = json.dumps(found, indent=2)
     print(text)
     (weights / "measured.json").write_text(text + "\n")
@@ -94,6 +97,10 @@ def asked_and_read(judge: Classifier, captions: list[str], images: Tensor) -> di
         **{name: round(float(np.mean(some)), 4) for name, some in hits.items()},
         "mean": round(float(np.mean(every)), 4),
     }
+
+
+def _bytes(images: Tensor) -> Tensor:
+    return (images * 255).round().byte()
 
 
 def _rates(read: np.ndarray, pictures: Bank) -> dict[str, float]:
