@@ -4,9 +4,12 @@ Belongs here: the command line. Not here: what the commands do.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from m2m.arguments import EXIT_BAD_INPUT
+from m2m.errors import ConfigError, M2MError
 from m2m.tiny import DATA, WEIGHTS
 
 MODELS = ("classifier", "autoencoder", "clip", "dino", "text-to-image")
@@ -14,7 +17,11 @@ MODELS = ("classifier", "autoencoder", "clip", "dino", "text-to-image")
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    arguments.run(arguments)
+    try:
+        arguments.run(arguments)
+    except M2MError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
     return 0
 
 
@@ -46,12 +53,18 @@ def _parser() -> argparse.ArgumentParser:
     m2m.add_argument("variant", choices=("self", "dino"))
     m2m.add_argument("--steps", type=int, default=2000)
     m2m.add_argument("--sets", type=int, default=12_000)
-    m2m.add_argument("--timesteps", choices=("uniform", "shifted"), default="shifted", help="shifted: to high noise")
-    m2m.add_argument("--loss", choices=("noise", "velocity"), help="default: of what the U-Net predicts")
-    m2m.add_argument("--prediction-type", choices=("epsilon", "v_prediction"), help="default: as text-to-image's")
     m2m.add_argument("--seed", type=int, default=0)
     m2m.add_argument("--out", type=Path, default=WEIGHTS)
     m2m.add_argument("--threads", type=int, default=2)
+    m2m.add_argument("--name", default="", help="of a training with other settings: shipped to m2m-self-NAME")
+    m2m.add_argument(
+        "--set",
+        dest="overrides",
+        nargs="+",
+        default=(),
+        metavar="KEY=VALUE",
+        help="settings of pretrain: timesteps=set, context_noise=200, ...",
+    )
     m2m.set_defaults(run=_m2m)
 
     export = commands.add_parser("export", help="ship the newest checkpoints, also of unfinished trainings")
@@ -109,7 +122,7 @@ def _train(arguments: argparse.Namespace) -> None:
     }
     given = {name: getattr(arguments, name) for name in ("steps", "init_from")}
     if arguments.init_from and arguments.name != "text-to-image":
-        raise SystemExit(f"--init-from: {arguments.name} is trained from random weights; text-to-image alone takes it")
+        raise ConfigError(f"--init-from: {arguments.name} is trained from random weights; text-to-image alone takes it")
     trainings[arguments.name](resume=arguments.resume, **{name: one for name, one in given.items() if one is not None})
     export(arguments.name, arguments.out)
 
@@ -117,9 +130,9 @@ def _train(arguments: argparse.Namespace) -> None:
 def _m2m(arguments: argparse.Namespace) -> None:
     from m2m.tiny.many_to_many import train_many_to_many
 
-    names = ("steps", "sets", "timesteps", "prediction_type", "threads", "seed")
+    names = ("steps", "sets", "threads", "seed", "name", "overrides")
     given = {name: getattr(arguments, name) for name in names}
-    print(train_many_to_many(arguments.variant, arguments.out, weighting=arguments.loss, **given))
+    print(train_many_to_many(arguments.variant, arguments.out, **given))
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -4,17 +4,21 @@ Belongs here: image sets drawn by the world, the training's settings. Not here: 
 loop and loss as the stage `pretrain`), the stage itself, which goes on from these weights.
 """
 
+import hashlib
 import json
+import shlex
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from m2m.config import Compute
+from m2m.config import Profile
 from m2m.errors import ArtifactError
 from m2m.models.text_to_image import load_ddim, load_dino, load_vae
 from m2m.models.unet import ManyToManyUNet
@@ -28,13 +32,12 @@ from m2m.training.acceleration import open_accelerator
 from m2m.training.course import objective_of
 from m2m.training.log import LOG
 from m2m.training.loop import CHECKPOINTS, train
-from m2m.training.objective import LossWeighting, SetLoss
-from m2m.training.settings import TrainingSettings
+from m2m.training.objective import SetLoss
+from m2m.training.pretrain import Pretrain
+from m2m.training.rollouts import OwnRollouts
 from m2m.training.starting import MADE_BY, feature_width, fresh_unet
 
 Variant = Literal["self", "dino"]
-Timesteps = Literal["uniform", "shifted"]
-PredictionType = Literal["epsilon", "v_prediction"]
 IMAGES_PER_SET = 5
 SHARED = 0.7  # how often an attribute is the same in all pictures of a set
 _SCHEDULER = "scheduler"
@@ -63,9 +66,24 @@ def draw_set(rng: np.random.Generator, images: int = IMAGES_PER_SET) -> np.ndarr
     return np.stack([draw(sample_scene(rng, shared), rng) for _ in range(images)])
 
 
-@torch.no_grad()
 def drawn_sets(pipeline: ManyToManyPipeline, count: int, seed: int) -> DrawnSets:
-    """`count` sets, drawn and encoded as training and sampling will see them."""
+    """`count` sets, drawn and encoded as training and sampling will see them; kept in `outputs/tiny-models/sets`."""
+    digest = hashlib.sha256()
+    for encoder in (pipeline.vae, pipeline.image_encoder):
+        for weight in () if encoder is None else encoder.state_dict().values():
+            digest.update(weight.numpy().tobytes())
+    path = OUTPUTS / "sets" / f"{pipeline.unet.variant}-{count}-{seed}-{digest.hexdigest()[:12]}.safetensors"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        save_file({name: tensor.contiguous() for name, tensor in _drawn(pipeline, count, seed).items()}, part)
+        part.replace(path)
+    found = load_file(path)
+    return DrawnSets(found["latents"], found.get("features"))
+
+
+@torch.no_grad()
+def _drawn(pipeline: ManyToManyPipeline, count: int, seed: int) -> dict[str, Tensor]:
     rng = np.random.default_rng([seed, 7])
     latents, features = [], []
     for _ in Progress().each(range(count), unit="set", label="drawing and encoding"):
@@ -74,69 +92,80 @@ def drawn_sets(pipeline: ManyToManyPipeline, count: int, seed: int) -> DrawnSets
         latents.append((posterior.mode() * pipeline.vae.config["scaling_factor"]).half())
         if pipeline.image_encoder is not None:
             features.append(pipeline.encode(pictures[:-1]).half())
-    return DrawnSets(torch.stack(latents), torch.stack(features) if features else None)
+    found = {"latents": torch.stack(latents)}
+    return found if not features else found | {"features": torch.stack(features)}
 
 
 def train_many_to_many(
     variant: Variant,
-    weights: Path,
+    out: Path,
     steps: int = 2000,
     sets: int = 12_000,
-    timesteps: Timesteps = "shifted",
-    weighting: LossWeighting | None = None,
-    prediction_type: PredictionType | None = None,
     threads: int = 2,
     seed: int = 0,
+    name: str = "",
+    overrides: Sequence[str] = (),
 ) -> Path:
-    """Train M2M from the tiny text-to-image weights and ship its averaged U-Net to `weights/m2m-<variant>`.
+    """Train M2M from the tiny text-to-image weights; ship its averaged U-Net to `out/m2m-<variant>[-seed][-name]`.
 
-    Goes on from the newest checkpoint in `outputs/tiny-models/m2m-<variant>[-seed]`. More steps or other `timesteps`
-    than it was begun with are taken up: what is learned of preceding images is learned at high noise.
+    Goes on from the newest checkpoint in the folder of that name in `outputs/tiny-models`, also with more steps, or
+    with other overrides, than it was begun with.
+
+    Args:
+        overrides: settings of `pretrain` as `key=value`, in place of the recipe's.
     """
-    name = f"m2m-{variant}" + (f"-{seed}" if seed else "")
-    source, work = str(weights / "stable-diffusion"), OUTPUTS / name
+    called = "-".join(["m2m", variant, *([str(seed)] if seed else []), *([name] if name else [])])
+    settings = _settings(variant, steps, threads, seed, overrides)
+    source, work = str(WEIGHTS / "stable-diffusion"), OUTPUTS / called
     work.mkdir(parents=True, exist_ok=True)
-    settings = TrainingSettings.model_validate(
-        {
-            "images_per_set": IMAGES_PER_SET,
-            "batch": 12,
-            "micro_batch": 12,
-            "epochs": 1_000,
-            "steps": steps,
-            "learning_rate": 5e-4,
-            "warmup_steps": 30,
-            "ema_decay": min(0.999, 1 - 10 / steps),  # over about a tenth of the steps
-            "checkpoint_every": 100,
-            "timestep_sampling": timesteps,
-            "loss_weighting": weighting,
-            "seed": seed,
-            "compute": Compute(threads=threads, dtype="bfloat16"),
-        }
-    )
-    command = f"python -m m2m.tiny m2m {variant} --steps {steps} --sets {sets} --timesteps {timesteps} --seed {seed}"
-    command += f" --loss {weighting}" * (weighting is not None)
-    command += f" --prediction-type {prediction_type}" * (prediction_type is not None)
-    (work / MADE_BY).write_text(json.dumps({"command": command}) + "\n")
+    command = f"python -m m2m.tiny m2m {variant} --steps {steps} --sets {sets} --seed {seed}"
+    command += f" --name {name}" * bool(name) + " --set" * bool(overrides)
+    command = " ".join([command, *map(shlex.quote, overrides)])
+    (work / MADE_BY).write_text(json.dumps({"command": command, "unet": settings.own_unet_settings()}) + "\n")
     accelerator = open_accelerator(settings.compute)
-    dino = load_dino(str(weights / "dinov2"), Path.cwd()) if variant == "dino" else None
+    dino = load_dino(str(WEIGHTS / "dinov2"), Path.cwd()) if variant == "dino" else None
     width = None if dino is None else dino.config.hidden_size
-    unet = fresh_unet(source, Path.cwd(), variant, width, seed, {})
-    scheduler = load_ddim(source, Path.cwd(), prediction_type)
+    unet = fresh_unet(source, Path.cwd(), variant, width, seed, settings.own_unet_settings())
+    scheduler = load_ddim(source, Path.cwd(), settings.prediction_type)
     scheduler.save_pretrained(work / _SCHEDULER)
     pipeline = ManyToManyPipeline(load_vae(source, Path.cwd()), unet, scheduler, dino)
-    data, belongs_to = drawn_sets(pipeline, sets, seed), f"{variant}-{sets}-{seed}"
+    rollouts = None
+    if settings.rollout_share:
+        rollouts = OwnRollouts(
+            pipeline, accelerator, seed, settings.rollout_share, settings.rollout_steps, settings.rollout_guidance
+        )
     train(
         settings,
         SetLoss(unet, scheduler),
-        objective_of(settings, pipeline),
-        data,
+        objective_of(settings, pipeline, context_noise=settings.context_noise),
+        drawn_sets(pipeline, sets, seed),
         work,
         Progress(),
         accelerator,
-        belongs_to=belongs_to,
-        label=name,
+        belongs_to=f"{variant}-{sets}-{seed}",
+        rollouts=rollouts,
+        label=called,
     )
-    return _ship(unet, work / _SCHEDULER, weights / name, command, (work / LOG).read_text())
+    return _ship(unet, work, out / called, command, (work / LOG).read_text())
+
+
+def _settings(variant: Variant, steps: int, threads: int, seed: int, overrides: Sequence[str]) -> Pretrain:
+    recipe = {
+        "images_per_set": IMAGES_PER_SET,
+        "batch": 12,
+        "micro_batch": 12,
+        "epochs": 1_000,
+        "steps": steps,
+        "learning_rate": 5e-4,
+        "warmup_steps": 30,
+        "ema_decay": max(0.0, min(0.999, 1 - 10 / steps)),  # over about a tenth of the steps
+        "checkpoint_every": 100,
+        "timestep_sampling": "shifted",
+        "seed": seed,
+        "compute": {"threads": threads, "dtype": "bfloat16"},
+    }
+    given = Profile(Path("python -m m2m.tiny m2m"), {"pretrain": recipe}, OUTPUTS, root=Path.cwd())
+    return given.stage_config(Pretrain, "pretrain", variant, overrides)
 
 
 def ship_newest(name: str, weights: Path) -> Path:
@@ -153,22 +182,22 @@ def ship_newest(name: str, weights: Path) -> Path:
     if found is None:
         raise ArtifactError(f"{work / CHECKPOINTS}: no whole checkpoint here: `python -m m2m.tiny m2m` leaves them")
     variant, sets, seed = found.belongs_to.split("-")
+    told = json.loads((work / MADE_BY).read_text()) if (work / MADE_BY).is_file() else {}
     source, width = str(WEIGHTS / "stable-diffusion"), None
     if variant == "dino":
         width = feature_width(str(WEIGHTS / "dinov2"), Path.cwd())
-    unet = fresh_unet(source, Path.cwd(), variant, width, int(seed), {})
+    unet = fresh_unet(source, Path.cwd(), variant, width, int(seed), told.get("unet", {}))
     unet.load_state_dict(found.tensors["average"])
     command = f"python -m m2m.tiny m2m {variant} --steps {found.step} --sets {sets} --seed {seed}"
-    told = work / MADE_BY
-    if told.is_file():
-        command = f"{json.loads(told.read_text())['command']} (as after step {found.step})"
-    return _ship(unet, work / _SCHEDULER, weights / name, command, found.log)
+    if told:
+        command = f"{told['command']} (as after step {found.step})"
+    return _ship(unet, work, weights / name, command, found.log)
 
 
-def _ship(unet: ManyToManyUNet, scheduler: Path, out: Path, command: str, log: str) -> Path:
+def _ship(unet: ManyToManyUNet, work: Path, out: Path, command: str, log: str) -> Path:
     unet.half().save_pretrained(out / "unet")
-    if scheduler.is_dir():  # it says what the U-Net predicts
-        shutil.copytree(scheduler, out / _SCHEDULER, dirs_exist_ok=True)
+    if (work / _SCHEDULER).is_dir():  # it says what the U-Net predicts
+        shutil.copytree(work / _SCHEDULER, out / _SCHEDULER, dirs_exist_ok=True)
     (out / MADE_BY).write_text(json.dumps({"command": command}) + "\n")
     (out / LOG).write_text(log)
     return out

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from m2m.arguments import EXIT_BAD_INPUT
 from m2m.errors import ArtifactError
 from m2m.models.text_to_image import load_ddim
 from m2m.tiny import WEIGHTS, many_to_many
+from m2m.tiny.__main__ import main
 from m2m.tiny.export import export
 from m2m.tiny.many_to_many import IMAGES_PER_SET, draw_set
 from m2m.tiny.seen_through_noise import TIMESTEPS, seen_through_noise
@@ -49,6 +51,41 @@ def test_an_unfinished_training_ships_its_averages_of_its_newest_checkpoint(tmp_
     assert (folder / "training_log.jsonl").read_text() == "the log\n"
     told = json.loads((folder / "made_by.json").read_text())["command"]
     assert told == "python -m m2m.tiny m2m self --steps 200 --sets 30 --seed 2"
+
+
+@pytest.mark.parametrize(
+    "variant, overrides",
+    [
+        ("self", ["clean_timestep=null", "timesteps=set", "dropped_context=zeroed"]),
+        ("self", ["context_noise=200", "rollout_share=0.5", "rollout_steps=2"]),
+        ("dino", ["prediction_type=epsilon"]),
+    ],
+)
+def test_a_training_with_other_settings_is_shipped_under_its_name(variant, overrides, tmp_path, monkeypatch):
+    monkeypatch.setattr(many_to_many, "OUTPUTS", tmp_path / "models")
+    out = tmp_path / "shipped"
+    for steps in (1, 2):  # the second goes on, from sets that are kept
+        many_to_many.train_many_to_many(variant, out, steps, 24, name="other", overrides=overrides)
+    shipped = out / f"m2m-{variant}-other"
+    config = json.loads((shipped / "unet" / "config.json").read_text())
+    own = {"clean_timestep": None, "dropped_context": "zeroed"} if "timesteps=set" in overrides else {}
+    assert {key: config[key] for key in own} == own
+    predicted = "epsilon" if variant == "dino" else "v_prediction"
+    assert load_ddim(shipped).config["prediction_type"] == predicted
+    told = json.loads((shipped / "made_by.json").read_text())["command"]
+    assert (
+        told
+        == f"python -m m2m.tiny m2m {variant} --steps 2 --sets 24 --seed 0 --name other --set {' '.join(overrides)}"
+    )
+    assert len((shipped / "training_log.jsonl").read_text().splitlines()) == 2
+    assert len(list((tmp_path / "models" / "sets").iterdir())) == 1
+    again = export(f"m2m-{variant}-other", tmp_path / "again")
+    assert json.loads((again / "unet" / "config.json").read_text())["dropped_context"] == config["dropped_context"]
+
+
+def test_a_wrong_setting_is_named(capsys):
+    assert main(["m2m", "self", "--steps", "1", "--set", "timestep=set"]) == EXIT_BAD_INPUT
+    assert "timestep" in (said := capsys.readouterr().err) and "Did you mean timesteps?" in said
 
 
 @pytest.mark.parametrize("name", ["tiny-self", "tiny-dino"])
