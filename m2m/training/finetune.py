@@ -144,7 +144,8 @@ def finetune(config: Finetune, run: StageRun) -> None:
     size = pipeline.unet.config.sample_size * pixels_per_latent(pipeline.vae)
     folder = run.source(config.data)
     tasks = [open_task(config, variant, folder, size, split) for split in ("train", "held out")]
-    kept = encoded_images(tasks[0], encoding, run.progress, config.samples) if config.cache_in_memory else None
+    caches = config.cache_in_memory and config.steps != 0
+    kept = encoded_images(tasks[0], encoding, run.progress, config.samples) if caches else None
     training, held_out = (
         TaskSets(task, config.images_per_set, config.seed, limit=limit, kept=known)
         for task, limit, known in zip(tasks, (config.samples, None), (kept, None))
