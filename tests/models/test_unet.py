@@ -102,6 +102,20 @@ def test_preceding_images_have_no_order(make_unet, variant, order):
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_an_image_three_times_is_that_image_once(make_unet, variant):
+    """Softmax is a mean: how many images agree is seen by what else differs in them alone (docs/results, section 2)."""
+    unet = make_unet(variant)
+    g = torch.Generator().manual_seed(0)
+    noisy = torch.randn(1, 4, 8, 8, generator=g)
+    image, other = torch.randn(2, 1, 1, *((4, 8, 8) if variant == "self" else (5, 20)), generator=g).unbind()
+    contexts = (image, image.expand(-1, 3, *image.shape[2:]), torch.cat([image, other], 1))
+    once, thrice, with_another = (unet.denoise(noisy, 400, unet.encode_context(read)) for read in contexts)
+    torch.testing.assert_close(once, thrice, **EXACT)
+    assert (once - with_another).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_dropped_is_empty(make_unet, make_sets, variant):
     unet, given = make_unet(variant), make_sets(variant)
     keep = torch.tensor([True, False])
