@@ -18,7 +18,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name, variant", EMBEDDED.items())
 def test_a_name_is_enough(name, variant):
-    pipeline = ManyToManyPipeline.from_pretrained(name, torch_dtype=torch.bfloat16)
+    pipeline = ManyToManyPipeline.from_pretrained(name, dtype=torch.bfloat16)
     assert pipeline.unet.variant == variant and pipeline.unet.dtype == torch.bfloat16
     assert pipeline.scheduler.config["prediction_type"] == "v_prediction"
     assert pipeline.card.label == "tiny"
