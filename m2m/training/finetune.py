@@ -104,7 +104,8 @@ class Finetune(TrainingSettings):
             check_start(resolve(self.init_from, root), "dino", CONDITIONS[variant])
         kind = "objects" if variant == "nvs" else "procedures"
         said = [
-            f"{len(training):,} {kind} to train on, {len(held_out):,} held out, {len(training.set_aside):,} set aside"
+            f"{len(training):,} {kind} to train on, {len(held_out):,} held out, {len(training.set_aside):,} set aside",
+            f"starts from: {self.init_from or 'the base'}",
         ]
         if self.text_to_image is None or self.dino is None:
             return [*said, f"U-Net: the one of pretrain@dino with a {CONDITIONS[variant]} embedder"]

@@ -229,7 +229,7 @@ def test_preview_opens_the_data(objects, procedures, models, tmp_path):
     known = {"text_to_image": str(models / "text-to-image"), "dino": str(models / "dino")}
     said = Finetune.model_validate({"data": str(procedures), **known}).preview(tmp_path, "vgsi")
     assert said[0] == "3 procedures to train on, 3 held out, 1 set aside"
-    assert "with a position embedder" in said[1]
+    assert said[1] == "starts from: the base" and "with a position embedder" in said[2]
 
 
 def _killed(*_: object, **__: object) -> None:
