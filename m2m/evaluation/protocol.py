@@ -22,10 +22,11 @@ from m2m.data.sets import ImageSets
 from m2m.errors import ArtifactError, InputError
 from m2m.evaluation.encoders import Clip, Dino, Reader
 from m2m.evaluation.per_set import PerSet
-from m2m.generation.noise import keyed_generator, keyed_normal, namespaced
+from m2m.generation.noise import keyed_generator, keyed_normal, namespaced, torch_generator
 from m2m.models.autoencoder import decode_latents, encode_images, pixels_per_latent
 from m2m.models.text_to_image import model_folder
 from m2m.models.unet import VARIANTS
+from m2m.pipelines.schedulers import SchedulerName, named_scheduler
 from m2m.stage_run import StageRun
 
 METRICS = "metrics.json"
@@ -39,7 +40,11 @@ SEEN_TOGETHER = 128
 class Sampling(Settings):
     """How pictures are sampled: the paper's appendix A."""
 
-    num_inference_steps: int = Field(50, ge=1, description="DDIM steps")
+    num_inference_steps: int = Field(50, ge=1, description="denoising steps of an image")
+    scheduler: Annotated[SchedulerName, Later()] = Field(
+        "ddim",
+        description="DDIM as in the paper, or DPM-Solver++ for the stochastic equation, which mends errors on the way",
+    )
     guidance_scale: float = Field(7.5, ge=1, description="s of Eq. 6, for the preceding images")
     context_window: int | None = Field(
         None, ge=1, description="W of section 6.1, which names no value; without one the trained pipeline's"
@@ -126,7 +131,8 @@ class EvaluationConfig(StageConfig):
             if path.exists():
                 self.require_pinned(name, root)
             found.append(f"{name}: {path if path.exists() else f'{value} (from the hub)'}")
-        return [*found, f"{self.sampling.num_inference_steps} steps an image, {self.batch} sets at a time"]
+        steps = f"{self.sampling.num_inference_steps} steps of {self.sampling.scheduler} an image"
+        return [*found, f"{steps}, {self.batch} sets at a time"]
 
     def open_clip(self, run: StageRun) -> Clip:
         self.require_pinned("clip", run.profile.root)
@@ -154,9 +160,11 @@ class Sampler:
 
         self.pipeline = load_pipeline(folder, variant, config.compute)
         self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline.scheduler = named_scheduler(config.sampling.scheduler, self.pipeline.scheduler)
         self._config = config
         number = f" {config.noise_seed}" if config.noise_seed else ""
         self._noise = namespaced(config.seed, f"evaluation noise{number}")
+        self._later_noise = namespaced(config.seed, f"evaluation noise{number} between steps")
         unet = self.pipeline.unet.config
         size = int(unet.sample_size)
         self.size = size * pixels_per_latent(self.pipeline.vae)
@@ -199,6 +207,7 @@ class Sampler:
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale if guidance_scale is None else guidance_scale,
             latents=torch.stack(noise),
+            generator=[torch_generator(self._later_noise, key, first_image) for key in keys],
             output_type="pt",
             **{"context_window": sampling.context_window, "context_sink": sampling.context_sink, **conditions},
         ).images

@@ -70,3 +70,8 @@ def keyed_normal(namespace_seed: int, *key: int, shape: Sequence[int]) -> torch.
     """
     drawn = keyed_generator(namespace_seed, *key).standard_normal(tuple(shape), dtype=np.float32)
     return torch.from_numpy(np.asarray(drawn, dtype=np.float32))
+
+
+def torch_generator(namespace_seed: int, *key: int) -> torch.Generator:
+    """For what draws by torch's own generators (diffusers' schedulers): one of the CPU, seeded by the key."""
+    return torch.Generator().manual_seed(int(keyed_generator(namespace_seed, *key).integers(_WORD >> 32)))

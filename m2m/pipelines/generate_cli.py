@@ -5,7 +5,7 @@ Belongs here: arguments, files. Not here: sampling (`many_to_many`).
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from PIL import Image
@@ -14,6 +14,7 @@ from m2m.config import Compute
 from m2m.errors import InputError
 from m2m.models.saved import read_json
 from m2m.pipelines.many_to_many import load_pipeline
+from m2m.pipelines.schedulers import SchedulerName, named_scheduler
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-images", type=int, default=1, help="how many to generate, one after another")
     parser.add_argument("--steps", type=int, default=50, help="denoising steps of an image (default: 50)")
+    parser.add_argument(
+        "--scheduler",
+        choices=get_args(SchedulerName),
+        default="ddim",
+        help="ddim as in the paper (default), or one that adds noise on the way: better without guidance",
+    )
     parser.add_argument("--guidance-scale", type=float, default=7.5, help="s of Eq. 6, s_I of Eq. 7 (default: 7.5)")
     parser.add_argument("--condition-guidance-scale", type=float, help="s_C of Eq. 7; the guidance scale by default")
     parser.add_argument(
@@ -66,6 +73,7 @@ def main(args: argparse.Namespace) -> None:
     pipeline = load_pipeline(
         args.model, compute=Compute(device=args.device, dtype=args.dtype, threads=max(args.threads, 1))
     )
+    pipeline.scheduler = named_scheduler(args.scheduler, pipeline.scheduler)
     made = pipeline(
         [pictures],
         num_images=args.num_images,

@@ -1,13 +1,29 @@
-"""Which of diffusers' schedulers can sample from M2M, and what each wants of a step.
+"""Which of diffusers' schedulers can sample from M2M, what each wants of a step, and those that have a name here.
 
 Belongs here: checks and differences between schedulers. Not here: the loop over steps (`many_to_many`).
 """
 
 import inspect
-from typing import Any
+from typing import Any, Literal
+
+from diffusers import DPMSolverMultistepScheduler
 
 from m2m.errors import InputError
 from m2m.pipelines.arguments import Generators
+
+SchedulerName = Literal["ddim", "sde-dpmsolver++"]
+"""DDIM is deterministic (the paper's appendix A). The other (Lu et al. 2022) takes away more noise at every step than
+is asked for and adds new noise, which mends what earlier predictions had wrong, at the same cost; it starts at the last
+timestep."""
+
+
+def named_scheduler(name: SchedulerName, trained: Any) -> Any:
+    """The scheduler of that name with the noise schedule and prediction type of a pipeline's own, DDIM."""
+    if name == "ddim":
+        return trained
+    return DPMSolverMultistepScheduler.from_config(
+        trained.config, algorithm_type="sde-dpmsolver++", timestep_spacing="trailing"
+    )
 
 
 def check_scheduler(scheduler: Any) -> None:

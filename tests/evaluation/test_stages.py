@@ -55,6 +55,19 @@ def test_the_same_settings_give_the_same_bytes_in_any_batch(evaluate, name):
     assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-3)
 
 
+def test_noise_between_steps_is_an_image_s_own_in_any_batch(evaluate):
+    asked = {"num_inference_steps": 3, "guidance_scale": 2.0, "scheduler": "sde-dpmsolver++"}
+    settings = {
+        "first": {"sampling": asked},
+        "other": {"sampling": asked, "batch": 1},
+        "ddim": {"sampling": asked | {"scheduler": "ddim"}},
+    }
+    runs = [evaluate("procedures", out, **SETTINGS["procedures"], **more) for out, more in settings.items()]
+    first, other, ddim = (_numbers(json.loads((run.out / "metrics.json").read_text())) for run in runs)
+    assert first == pytest.approx(other, rel=1e-3, abs=1e-3)
+    assert first != pytest.approx(ddim, rel=1e-3, abs=1e-3)
+
+
 def test_a_killed_evaluation_goes_on_with_the_batch_it_was_at(evaluate, monkeypatch, tmp_path):
     whole = evaluate("rollouts", "whole", **SETTINGS["rollouts"], batch=1)
     calls = []

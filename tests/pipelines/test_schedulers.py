@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from m2m.errors import InputError
+from m2m.pipelines.schedulers import named_scheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # some schedulers use NumPy as of version 1
 SAMPLERS = [
@@ -79,6 +80,16 @@ def test_a_set_s_noise_is_its_own_where_the_sampler_draws_some(make_pipeline, pi
     for number, seed in enumerate((8, 9)):
         torch.testing.assert_close(together[number], sample(sets[number : number + 1], seed)[0], atol=5e-5, rtol=1e-4)
     assert (together[0] - sample(sets[:1], 9)[0]).abs().max() > 1e-2
+
+
+def test_named_samplers_follow_what_the_model_was_trained_with(make_pipeline):
+    trained = make_pipeline("self").scheduler
+    assert named_scheduler("ddim", trained) is trained
+    sampler = named_scheduler("sde-dpmsolver++", trained)
+    assert sampler.config.prediction_type == trained.config.prediction_type
+    assert torch.equal(sampler.alphas_cumprod, trained.alphas_cumprod)
+    sampler.set_timesteps(10)
+    assert sampler.timesteps[0] == trained.config.num_train_timesteps - 1
 
 
 @pytest.mark.parametrize(
