@@ -176,6 +176,8 @@ class Costs:
         dtype = _dtype(config)
         for key in (key for key in stage.inputs.values() if key.startswith(("pretrain", "finetune"))):
             variant = "self" if key == "pretrain@self" else "dino"
+            if key.startswith("pretrain") and variant not in config.models:
+                continue
             source = self._stage_config("pretrain", variant)
             unet = self._unet(source, variant, dtype)
             for each, preceding, count in rollouts(config):

@@ -21,7 +21,7 @@ from m2m.evaluation.measures import cosine, gram, rmse, style_distance
 from m2m.evaluation.noises import over_noises
 from m2m.evaluation.per_set import PerSet
 from m2m.evaluation.protocol import (
-    EvaluationConfig,
+    BothModels,
     Sampler,
     SetPictures,
     conclude,
@@ -35,7 +35,7 @@ from m2m.tiny.world import ATTRIBUTES, read_caption
 OWN, OTHERS = "the set's own images", "another set's images"
 
 
-class Consistency(EvaluationConfig):
+class Consistency(BothModels):
     """Settings of the consistency evaluation."""
 
     sets: int = Field(200, ge=2, description="random test sets; all where there are fewer")

@@ -27,8 +27,8 @@ from m2m.evaluation.per_set import PerSet
 from m2m.evaluation.planted import PLANTED, PlantedSampler, WorldSets
 from m2m.evaluation.preceding_curves import KEPT, LIKENESS, LIKENESS_BY_SET, TABLE, VARYING
 from m2m.evaluation.protocol import (
+    BothModels,
     Continues,
-    EvaluationConfig,
     Sampler,
     SetPictures,
     conclude,
@@ -46,7 +46,7 @@ _ORACLE = "planted: oracle"
 _REACH = {"agreement": "ideal observer", "kept": "all", "varying": "chance"}
 
 
-class PrecedingImages(EvaluationConfig):
+class PrecedingImages(BothModels):
     """Settings of the evaluation by number of preceding images."""
 
     trials: int = Field(200, ge=1, description="sets of preceding images: drawn by the world with a reader, else tests")

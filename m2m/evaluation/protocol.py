@@ -152,6 +152,14 @@ class EvaluationConfig(StageConfig):
         return sorted(order[:wanted].tolist())
 
 
+class BothModels(EvaluationConfig):
+    """The base of the evaluations of M2M-Self and M2M-DINO, as they are before fine-tuning."""
+
+    models: Annotated[list[Literal["self", "dino"]], Later()] = Field(
+        ["self", "dino"], min_length=1, description="which of the two; one alone is half the work"
+    )
+
+
 class Sampler:
     """One trained model that continues sets of pictures, with noise keyed by (set, image)."""
 
@@ -225,10 +233,11 @@ class Sampler:
         return _to_bytes(decode_latents(self.pipeline.vae, latents))
 
 
-def samplers(config: EvaluationConfig, run: StageRun) -> Iterable[tuple[str, Sampler]]:
-    """Both models, one after the other (each is freed before the next is loaded), by their name in the paper."""
+def samplers(config: BothModels, run: StageRun) -> Iterable[tuple[str, Sampler]]:
+    """The models, one after the other (each is freed before the next is loaded), by their name in the paper."""
     for variant, name in VARIANTS.items():
-        yield name, Sampler(run.inputs[f"m2m_{variant}"], variant, config)
+        if variant in config.models:
+            yield name, Sampler(run.inputs[f"m2m_{variant}"], variant, config)
 
 
 class Continues(Protocol):

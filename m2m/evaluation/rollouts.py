@@ -18,7 +18,7 @@ from m2m.evaluation.measures import appearance, cosine
 from m2m.evaluation.noises import over_noises
 from m2m.evaluation.per_set import PerSet
 from m2m.evaluation.protocol import (
-    EvaluationConfig,
+    BothModels,
     Sampler,
     SetPictures,
     conclude,
@@ -50,7 +50,7 @@ class Remedy(Settings):
     )
 
 
-class Rollouts(EvaluationConfig):
+class Rollouts(BothModels):
     """Settings of the long sequences."""
 
     sets: int = Field(64, ge=1, description="random test sets; all where there are fewer")

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from m2m.config import ModelSource
-from m2m.evaluation.protocol import EvaluationConfig, Sampler, conclude, samplers
+from m2m.evaluation.protocol import BothModels, Sampler, conclude, samplers
 from m2m.models.text_to_image import as_ddim, load_text_to_image
 from m2m.stage_run import StageRun
 
@@ -23,7 +23,7 @@ _TEXT_TO_IMAGE = "text-to-image model"
 _PROMPT = "three red stars on a white background"
 
 
-class SamplingSpeed(EvaluationConfig):
+class SamplingSpeed(BothModels):
     """Settings of the timing."""
 
     made_together: ClassVar[bool] = False  # processes side by side would time each other
@@ -78,7 +78,7 @@ def evaluate_sampling_speed(config: SamplingSpeed, run: StageRun) -> None:
         if row["preceding images"] == most and row["generated images"] == config.num_images[0]:
             run.figure(**{f"{row['model']}: seconds an image after {most}": round(row["seconds an image"], 4)})
     run.figure(device=_device(config), steps=config.sampling.num_inference_steps)
-    timed = 1 + 2 * len(config.preceding) * len(config.num_images) + 2 * len(config.joint)
+    timed = 1 + len(config.models) * (len(config.preceding) * len(config.num_images) + len(config.joint))
     run.count(timed_calls=config.repeats * timed)
     conclude(run, {"rows": rows, "device": _device(config)})
 

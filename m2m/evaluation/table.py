@@ -23,7 +23,7 @@ from m2m.evaluation.measures import clip_scores, frechet_distance, inception_sco
 from m2m.evaluation.noises import over_noises
 from m2m.evaluation.per_set import Better, Metric, PerSet, jackknife
 from m2m.evaluation.protocol import (
-    EvaluationConfig,
+    BothModels,
     Sampler,
     SetPictures,
     conclude,
@@ -46,7 +46,7 @@ OWN_IMAGES = "the sets' own images"
 Backbone = ClassifierBackbone | InceptionBackbone
 
 
-class Table1(EvaluationConfig):
+class Table1(BothModels):
     """Settings of Table 1."""
 
     sets: int = Field(10_000, ge=2, description="random test sets; all where there are fewer (paper, section 7.2)")

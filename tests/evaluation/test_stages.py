@@ -29,6 +29,8 @@ SETTINGS = {
     "rollouts": {"sets": 3, "num_images": 3, "preceding": 2},
 }
 
+_ALONE = [("both", {}), ("alone", {"models": ["dino"]})]
+
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_an_evaluation_leaves_pictures_tables_and_finite_metrics(evaluate, name):
@@ -53,6 +55,14 @@ def test_the_same_settings_give_the_same_bytes_in_any_batch(evaluate, name):
         assert (first.out / file).read_bytes() == (second.out / file).read_bytes()
     ours, theirs = (_numbers(json.loads((run.out / "metrics.json").read_text())) for run in (first, other))
     assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["table_1", "preceding_images", "consistency", "real_images", "rollouts"])
+def test_one_model_alone_gives_its_own_values(evaluate, name):
+    both, alone = (read_per_set(evaluate(name, out, **SETTINGS[name], **more).out / PER_SET) for out, more in _ALONE)
+    assert not [metric for metric in alone if "M2M-Self" in metric]
+    theirs = [metric for metric in both if "M2M-DINO" in metric]
+    assert theirs and all(np.allclose(both[metric].values, alone[metric].values, rtol=1e-3) for metric in theirs)
 
 
 def test_noise_between_steps_is_an_image_s_own_in_any_batch(evaluate):
