@@ -88,7 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     seen.add_argument("--sets", type=int, default=200)
     seen.set_defaults(run=_seen)
     results = commands.add_parser("results", help="fill the marked places of the page of results from outputs")
-    results.add_argument("outputs", type=Path, nargs="+", help="outputs/tiny_claims, one folder for each seed")
+    results.add_argument(
+        "outputs",
+        type=Path,
+        nargs="*",
+        help="outputs/tiny_claims, one folder for each seed; what is kept beside the page need not be named",
+    )
     results.add_argument("--page", type=Path, default=Path("docs/results/README.md"))
     results.add_argument("--weights", type=Path, default=WEIGHTS)
     results.set_defaults(run=_results)

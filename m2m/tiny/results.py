@@ -1,5 +1,7 @@
 """The page of results: its tables, charts and pictures are rebuilt from the outputs of evaluations, its words stay.
 
+The evaluations are kept beside the page, in `outputs/SEED`: who measures one of them anew fills what comes of that one.
+
 Belongs here: filling the marked places of a Markdown page. Not here: measuring (`m2m.evaluation`), the words
 (`docs/results/README.md`), what is read off several seeds (`m2m.tiny.reached`).
 
@@ -31,31 +33,35 @@ from m2m.training.log import LOG
 
 _PLACE = re.compile(r"<!-- (?P<kind>\w+) ?(?P<what>[^\n]*?) -->\n(?P<old>(?:(?!<!-- ).)*)<!-- end -->", re.DOTALL)
 _MARK = re.compile(r"<!-- \w+")
+_KEPT = "outputs"
+_RUNS = "runs"
 _NOT_YET = "*Not measured yet.*"
 _WIDEST = 1000  # pixels of a picture
 _SMOOTHED = ("M2M-Self", "M2M-DINO")
 
 
 def rebuild(page: Path, outputs: Sequence[Path], weights: Path) -> list[str]:
-    """Fill all places of a page; files go beside it, older ones of the same name are replaced.
+    """Keep the evaluations beside a page and fill all its places; older files of the same name are replaced.
 
     Args:
-        outputs: of one profile, a folder for each seed; tables, curves and pictures are the first one's.
+        outputs: of one profile, a folder for each seed, from 0 on; tables, curves and pictures are the first one's.
+            What one lacks is taken from what was kept of that seed before.
         weights: the folder of tiny weights whose training logs are shown.
 
     Returns:
         The places for which there is nothing in the outputs.
 
     Raises:
-        InputError: a place of a kind that there is not, or one without its end.
+        InputError: a place of a kind that there is not, or one without its end; nothing is kept and nothing given.
     """
     text, missing = page.read_text("utf-8"), []
+    outputs = _keep(outputs, page.parent / _KEPT)
     kinds: dict[str, Callable[[str], str]] = {
         "table": lambda what: _table(outputs[0], what),
         "curve": lambda what: _curve(outputs[0], what, page.parent),
         "picture": lambda what: _picture(outputs[0], what, page.parent),
         "losses": lambda _: _losses(weights, page.parent),
-        "time": lambda _: markdown(_times(outputs[0])),
+        "time": lambda _: markdown(_times(outputs[0]), ("stage", "seconds", "started")),
         "reached": lambda _: markdown(reached(outputs, weights)),
     }
 
@@ -73,6 +79,27 @@ def rebuild(page: Path, outputs: Sequence[Path], weights: Path) -> list[str]:
         raise InputError(f"{page}: a place has no kind or no end")
     page.write_text(found, "utf-8")
     return missing
+
+
+def _keep(outputs: Sequence[Path], kept: Path) -> list[Path]:
+    """Copy finished evaluations, and when and how long stages ran; the kept folders, one for each seed."""
+    for seed, folder in enumerate(outputs):
+        there = kept / str(seed)
+        if folder.resolve() == there.resolve():
+            continue
+        for evaluation in folder.glob("evaluate/*"):
+            if artifacts.read_manifest(evaluation):
+                shutil.rmtree(there / "evaluate" / evaluation.name, ignore_errors=True)
+                shutil.copytree(evaluation, there / "evaluate" / evaluation.name)
+        for records in (folder / _RUNS).glob("*"):
+            record = json.loads(max(records.glob("2*.json")).read_bytes())
+            told = {"stage": records.name, "seconds": round(record["seconds"]), "started": record["started"]}
+            (there / _RUNS).mkdir(parents=True, exist_ok=True)
+            artifacts.write_json(there / _RUNS / f"{records.name}.json", told)
+    found = sorted(kept.glob("[0-9]*"), key=lambda folder: int(folder.name))
+    if not found:
+        raise InputError(f"{kept}: no evaluation is kept here; name a folder with some, outputs/tiny_claims")
+    return found
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
@@ -164,13 +191,8 @@ def _losses(weights: Path, folder: Path) -> str:
 
 
 def _times(outputs: Path) -> list[dict[str, Any]]:
-    """The newest run of each stage that stands."""
-    rows = []
-    for folder in sorted((outputs / "runs").glob("*")):
-        for path in sorted(folder.glob("2*.json"), reverse=True):
-            record = json.loads(path.read_bytes())
-            rows.append({"stage": folder.name, "seconds": round(record["seconds"]), "started": record["started"]})
-            break
+    """The newest run of each stage."""
+    rows = [json.loads(path.read_bytes()) for path in (outputs / _RUNS).glob("*.json")]
     return sorted(rows, key=lambda row: row["started"])
 
 

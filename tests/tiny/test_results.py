@@ -1,9 +1,11 @@
 """The page of results: its places are filled from outputs, its words stay, and what is missing is said."""
 
+import shutil
+
 import pytest
 
 from m2m import artifacts
-from m2m.artifacts import Summary
+from m2m.artifacts import Summary, faults, read_manifest
 from m2m.config import Profile
 from m2m.errors import InputError
 from m2m.stages import STAGES
@@ -74,6 +76,24 @@ def test_places_are_filled_words_stay_and_what_is_missing_is_said(outputs, tmp_p
         assert f"]({name})" in text and (page.parent / name).stat().st_size > 100
     rebuild(page, outputs, WEIGHTS)
     assert page.read_text() == text
+
+
+def test_evaluations_are_kept_beside_the_page_and_one_measured_anew_takes_its_place(outputs, tmp_path):
+    page = tmp_path / "docs" / "README.md"
+    page.parent.mkdir()
+    page.write_text(PAGE + "<!-- reached -->\n<!-- end -->\n")
+    with pytest.raises(InputError, match="no evaluation is kept here"):
+        rebuild(page, [], WEIGHTS)
+    rebuild(page, outputs[:1], WEIGHTS)
+    kept = page.parent / "outputs"
+    rebuild(page, [kept / "0", outputs[1]], WEIGHTS)  # seed 1, measured where seed 0's outputs are not
+    text = page.read_text()
+    assert "| 0.850 ± 0.071 | 2 | yes |" in text
+    for folder in outputs:
+        shutil.rmtree(folder)
+    rebuild(page, [], WEIGHTS)
+    assert page.read_text() == text
+    assert faults(kept / "1/evaluate/preceding_images", read_manifest(kept / "1/evaluate/preceding_images")) == []
 
 
 @pytest.mark.parametrize("place", ["<!-- tabel x: y -->\n<!-- end -->", "<!-- table x: y -->\n", "<!-- end -->"])
