@@ -231,5 +231,5 @@ def _tell(
                 f"named_attributes_read_{short}": row.get("named attributes read"),
             }
         )
-    run.count(sets=sets, generated_images=sets * config.num_images * 2)
+    run.count(sets=sets, generated_images=sets * config.num_images * len(config.models))
     conclude(run, {"rows": rows}, per_set)

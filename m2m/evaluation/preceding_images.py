@@ -285,7 +285,8 @@ class _Told:
                 key = "agreement" if "agreement" in row else LIKENESS_BY_SET
                 self._run.figure(**{f"{row['model']}: {key} after {most}": row[key]})
         self._run.count(
-            trials=config.trials, generated_images=config.trials * len(guidances) * len(config.preceding) * 2
+            trials=config.trials,
+            generated_images=config.trials * len(guidances) * len(config.preceding) * len(config.models),
         )
         self.metrics |= {"rows": self.rows, "priors": dict(self._priors), "reading_accuracy": dict(accuracy)}
         conclude(self._run, self.metrics, self.per_set)

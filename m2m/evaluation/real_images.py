@@ -85,7 +85,8 @@ def evaluate_real_images(config: RealImages, run: StageRun) -> None:
         run.figure(
             **{f"dino_within_{short}": row["DINO: own category"], f"dino_across_{short}": row["DINO: other categories"]}
         )
-    run.count(categories=len(names), sets=len(drawn), generated_images=len(drawn) * config.num_images * 2)
+    made = len(drawn) * config.num_images * len(config.models)
+    run.count(categories=len(names), sets=len(drawn), generated_images=made)
     conclude(run, {"rows": rows, "categories": names}, per_set)
 
 

@@ -273,7 +273,7 @@ def _tell(config: Table1, run: StageRun, found: dict[str, dict[str, list[Metric]
         fid_features=dimension,
         note="tiny models and a tiny world: not comparable with the paper's figures" if tiny else None,
     )
-    run.count(sets=samples, generated_images=samples * config.num_images * 2)
+    run.count(sets=samples, generated_images=samples * config.num_images * len(config.models))
     conclude(run, metrics, per_set)
 
 
