@@ -63,7 +63,7 @@ _HOW_TO_READ = {
     "to beat; the autoencoder's own loss is the ceiling.",
     "evaluate@procedures": "The next step against the true one. If the order of the steps matters to the model, giving "
     "them out of order costs it something; copying the last step is the baseline.",
-    "evaluate@sampling_speed": "Median wall-clock seconds an image, single sets, DDIM, guidance on.",
+    "evaluate@sampling_speed": "Median wall-clock seconds an image, single sets, guidance on.",
     "evaluate@rollouts": "Each image sees the generated ones before it: errors add up. 1 means as in the preceding "
     "images.",
 }

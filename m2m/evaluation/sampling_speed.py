@@ -46,7 +46,7 @@ class SamplingSpeed(BothModels):
 
 
 def evaluate_sampling_speed(config: SamplingSpeed, run: StageRun) -> None:
-    """Time single sets through both models, and single images through the text-to-image model, all with DDIM.
+    """Time single sets through both models, and single images through the text-to-image model, with equally many steps.
 
     The preceding images are encoded within the timed call.
     """
