@@ -93,7 +93,8 @@ def test_evaluations_are_kept_beside_the_page_and_one_measured_anew_takes_its_pl
         shutil.rmtree(folder)
     rebuild(page, [], WEIGHTS)
     assert page.read_text() == text
-    assert faults(kept / "1/evaluate/preceding_images", read_manifest(kept / "1/evaluate/preceding_images")) == []
+    manifest = read_manifest(kept / "1/evaluate/preceding_images")
+    assert manifest and faults(kept / "1/evaluate/preceding_images", manifest) == []
 
 
 @pytest.mark.parametrize("place", ["<!-- tabel x: y -->\n<!-- end -->", "<!-- table x: y -->\n", "<!-- end -->"])
