@@ -1,6 +1,7 @@
 """The page of results: its tables, charts and pictures are rebuilt from the outputs of evaluations, its words stay.
 
-The evaluations are kept beside the page, in `outputs/SEED`: who measures one of them anew fills what comes of that one.
+The evaluations are kept beside the page, in `outputs/SEED`, without pictures that the page does not show: who measures
+one of them anew fills what comes of that one.
 
 Belongs here: filling the marked places of a Markdown page. Not here: measuring (`m2m.evaluation`), the words
 (`docs/results/README.md`), what is read off several seeds (`m2m.tiny.reached`).
@@ -17,7 +18,7 @@ the stage calls them; `losses` of the shipped weights, `time` that the stages to
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def rebuild(page: Path, outputs: Sequence[Path], weights: Path) -> list[str]:
         InputError: a place of a kind that there is not, or one without its end; nothing is kept and nothing given.
     """
     text, missing = page.read_text("utf-8"), []
-    outputs = _keep(outputs, page.parent / _KEPT)
+    shown = {place["what"] for place in _PLACE.finditer(text) if place["kind"] == "picture"}
+    outputs = _keep(outputs, page.parent / _KEPT, shown)
     kinds: dict[str, Callable[[str], str]] = {
         "table": lambda what: _table(outputs[0], what),
         "curve": lambda what: _curve(outputs[0], what, page.parent),
@@ -81,8 +83,14 @@ def rebuild(page: Path, outputs: Sequence[Path], weights: Path) -> list[str]:
     return missing
 
 
-def _keep(outputs: Sequence[Path], kept: Path) -> list[Path]:
+def _keep(outputs: Sequence[Path], kept: Path, shown: Set[str]) -> list[Path]:
     """Copy finished evaluations, and when and how long stages ran; the kept folders, one for each seed."""
+
+    def unseen(folder: str, names: list[str]) -> set[str]:
+        pictures = {name for name in names if Path(name).suffix == ".png"}
+        wanted = {name for name in pictures if f"evaluate@{Path(folder).name}: {Path(name).stem}" in shown}
+        return pictures - (wanted if seed == 0 else set())
+
     for seed, folder in enumerate(outputs):
         there = kept / str(seed)
         if folder.resolve() == there.resolve():
@@ -90,7 +98,7 @@ def _keep(outputs: Sequence[Path], kept: Path) -> list[Path]:
         for evaluation in folder.glob("evaluate/*"):
             if artifacts.read_manifest(evaluation):
                 shutil.rmtree(there / "evaluate" / evaluation.name, ignore_errors=True)
-                shutil.copytree(evaluation, there / "evaluate" / evaluation.name)
+                shutil.copytree(evaluation, there / "evaluate" / evaluation.name, ignore=unseen)
         for records in (folder / _RUNS).glob("*"):
             record = json.loads(max(records.glob("2*.json")).read_bytes())
             told = {"stage": records.name, "seconds": round(record["seconds"]), "started": record["started"]}
