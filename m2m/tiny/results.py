@@ -100,7 +100,10 @@ def _keep(outputs: Sequence[Path], kept: Path, shown: Set[str]) -> list[Path]:
                 shutil.rmtree(there / "evaluate" / evaluation.name, ignore_errors=True)
                 shutil.copytree(evaluation, there / "evaluate" / evaluation.name, ignore=unseen)
         for records in (folder / _RUNS).glob("*"):
-            record = json.loads(max(records.glob("2*.json")).read_bytes())
+            newest = max(records.glob("2*.json"), default=None)
+            if newest is None:  # its first run goes on
+                continue
+            record = json.loads(newest.read_bytes())
             told = {"stage": records.name, "seconds": round(record["seconds"]), "started": record["started"]}
             (there / _RUNS).mkdir(parents=True, exist_ok=True)
             artifacts.write_json(there / _RUNS / f"{records.name}.json", told)

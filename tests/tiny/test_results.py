@@ -84,6 +84,7 @@ def test_evaluations_are_kept_beside_the_page_and_one_measured_anew_takes_its_pl
     page.write_text(PAGE + "<!-- reached -->\n<!-- end -->\n")
     with pytest.raises(InputError, match="no evaluation is kept here"):
         rebuild(page, [], WEIGHTS)
+    (outputs[0] / "runs/evaluate@rollouts").mkdir()  # still running
     rebuild(page, outputs[:1], WEIGHTS)
     kept = page.parent / "outputs"
     rebuild(page, [kept / "0", outputs[1]], WEIGHTS)  # seed 1, measured where seed 0's outputs are not
