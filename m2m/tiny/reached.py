@@ -4,10 +4,10 @@ Belongs here: which number of which evaluation stands for a claim. Not here: mea
 """
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from m2m.artifacts import read_manifest
@@ -64,12 +64,8 @@ def _row(claim: Claim, model: str, values: Sequence[float]) -> dict[str, Any]:
     bound = f"≥ {claim.least:g}" if claim.least is not None else f"≤ {claim.most:g}"
     row: dict[str, Any] = {"what": claim.what, "model": model, "reach": bound, "found": None, "seeds": len(values)}
     if values:
-        mean = sum(values) / len(values)
-        row["found"] = f"{mean:.3f}"
-        if len(values) > 1:
-            spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-            row["found"] += f" ± {spread:.3f}"
-        row["holds"] = claim.holds(mean)
+        row["found"] = f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+        row["holds"] = claim.holds(mean(values))
     return row | {"holds": row.get("holds")}
 
 

@@ -4,15 +4,16 @@ The evaluations are kept beside the page, in `outputs/SEED`, without pictures th
 one of them anew fills what comes of that one.
 
 Belongs here: filling the marked places of a Markdown page. Not here: measuring (`m2m.evaluation`), the words
-(`docs/results/README.md`), what is read off several seeds (`m2m.tiny.reached`).
+(`docs/results/README.md`), what is read off several seeds (`m2m.tiny.reached`, `m2m.tiny.seeds`).
 
 A place is a pair of comments; what stands between them is replaced:
 
     <!-- table evaluate@preceding_images: By number of preceding images | model, kept where shared | guidance=1/7.5 -->
     <!-- end -->
 
-There are `table` (with the columns and the rows that are shown, else all), `curve` and `picture` of a stage, by what
-the stage calls them; `losses` of the shipped weights, `time` that the stages took, and `reached` over all seeds.
+There are `table` (with the columns and the rows that are shown, else all) and `curve`, over the seeds that have them,
+and `picture` of a stage, by what the stage calls them; `losses` of the shipped weights, `time` that the stages took,
+and `reached` over all seeds.
 """
 
 import json
@@ -30,6 +31,7 @@ from m2m.errors import InputError
 from m2m.evaluation.charts import picture as drawn_chart
 from m2m.evaluation.page import cell
 from m2m.tiny.reached import reached
+from m2m.tiny.seeds import curves_over_seeds, rows_over_seeds
 from m2m.training.log import LOG
 
 _PLACE = re.compile(r"<!-- (?P<kind>\w+) ?(?P<what>[^\n]*?) -->\n(?P<old>(?:(?!<!-- ).)*)<!-- end -->", re.DOTALL)
@@ -45,7 +47,7 @@ def rebuild(page: Path, outputs: Sequence[Path], weights: Path) -> list[str]:
     """Keep the evaluations beside a page and fill all its places; older files of the same name are replaced.
 
     Args:
-        outputs: of one profile, a folder for each seed, from 0 on; tables, curves and pictures are the first one's.
+        outputs: of one profile, a folder for each seed, from 0 on; pictures and times are the first one's.
             What one lacks is taken from what was kept of that seed before.
         weights: the folder of tiny weights whose training logs are shown.
 
@@ -59,8 +61,8 @@ def rebuild(page: Path, outputs: Sequence[Path], weights: Path) -> list[str]:
     shown = {place["what"] for place in _PLACE.finditer(text) if place["kind"] == "picture"}
     outputs = _keep(outputs, page.parent / _KEPT, shown)
     kinds: dict[str, Callable[[str], str]] = {
-        "table": lambda what: _table(outputs[0], what),
-        "curve": lambda what: _curve(outputs[0], what, page.parent),
+        "table": lambda what: _table(outputs, what),
+        "curve": lambda what: _curve(outputs, what, page.parent),
         "picture": lambda what: _picture(outputs[0], what, page.parent),
         "losses": lambda _: _losses(weights, page.parent),
         "time": lambda _: markdown(_times(outputs[0]), ("stage", "seconds", "started")),
@@ -135,32 +137,42 @@ def _summary(outputs: Path, stage: str) -> Summary | None:
     return artifacts.read_summary(folder) if artifacts.read_manifest(folder) else None
 
 
+def _summaries(outputs: Sequence[Path], stage: str) -> list[Summary]:
+    return [found for folder in outputs if (found := _summary(folder, stage))]
+
+
 def _split(what: str) -> tuple[str, str]:
     stage, _, name = what.partition(": ")
     return stage, name
 
 
-def _table(outputs: Path, what: str) -> str:
+def _table(outputs: Sequence[Path], what: str) -> str:
     what, columns, only, *_ = (*(part.strip() for part in what.split("|")), "", "")
     stage, name = _split(what)
-    found = _summary(outputs, stage)
-    rows = found.tables.get(name, []) if found else []
+    tables = [found.tables[name] for found in _summaries(outputs, stage) if found.tables.get(name)]
+    rows = rows_over_seeds(tables) if tables else []
     for condition in filter(None, only.split(", ")):
         key, _, values = condition.partition("=")
         rows = [row for row in rows if _plain(row.get(key)) in values.split("/")]
-    return markdown(rows, [column.strip() for column in columns.split(",")] if columns else ())
+    shown = markdown(rows, [column.strip() for column in columns.split(",")] if columns else ())
+    if not shown:
+        return ""
+    if len(tables) > 1:
+        return f"{len(tables)} seeds, mean ± standard deviation over them:\n\n{shown}"
+    return ("One seed, ± standard error:\n\n" if "±" in shown else "One seed:\n\n") + shown
 
 
 def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
-def _curve(outputs: Path, what: str, folder: Path) -> str:
+def _curve(outputs: Sequence[Path], what: str, folder: Path) -> str:
     stage, name = _split(what)
-    found = _summary(outputs, stage)
-    if found is None or name not in found.curves:
+    curves = [found.curves[name] for found in _summaries(outputs, stage) if name in found.curves]
+    if not curves:
         return ""
-    return _chart(folder, f"{stage}-{name}", name, found.curves[name])
+    title = f"{name} (mean of {len(curves)} seeds)" if len(curves) > 1 else name
+    return _chart(folder, f"{stage}-{name}", title, curves_over_seeds(curves))
 
 
 def _chart(folder: Path, file: str, name: str, columns: Mapping[str, Sequence[float]]) -> str:

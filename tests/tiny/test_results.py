@@ -70,7 +70,9 @@ def test_places_are_filled_words_stay_and_what_is_missing_is_said(outputs, tmp_p
     assert rebuild(page, outputs, WEIGHTS) == ["table evaluate@novel_views: Views"]
     text = page.read_text()
     assert "# Words" in text and "\nBetween.\n" in text and "old" not in text
-    assert "-->\n| model | kept |\n| --- | --- |\n| M2M-Self | 0.800 ± 0.010 |\n<!-- end" in text
+    said = "2 seeds, mean ± standard deviation over them"
+    assert f"-->\n{said}:\n\n| model | kept |\n| --- | --- |\n| M2M-Self | 0.850 ± 0.071 |\n<!-- end" in text
+    assert "**A curve (mean of 2 seeds)**" in text
     assert "*Not measured yet.*" in text and "evaluate@preceding_images | 12 |" in text.replace("13", "12")
     for name in ("preceding-images-a-curve.svg", "preceding-images-m2m-self.png", "losses.svg"):
         assert f"]({name})" in text and (page.parent / name).stat().st_size > 100
@@ -86,6 +88,8 @@ def test_evaluations_are_kept_beside_the_page_and_one_measured_anew_takes_its_pl
         rebuild(page, [], WEIGHTS)
     (outputs[0] / "runs/evaluate@rollouts").mkdir()  # still running
     rebuild(page, outputs[:1], WEIGHTS)
+    assert "-->\nOne seed, ± standard error:\n\n| model | kept |" in page.read_text()
+    assert "| M2M-Self | 0.800 ± 0.010 |" in page.read_text() and "**A curve**" in page.read_text()
     kept = page.parent / "outputs"
     rebuild(page, [kept / "0", outputs[1]], WEIGHTS)  # seed 1, measured where seed 0's outputs are not
     text = page.read_text()
