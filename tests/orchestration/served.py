@@ -9,15 +9,15 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from toy_ground import ROOT, Ground
+from waiting import wait_for
 
 CHROMIUM = os.environ.get("M2M_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -100,14 +100,6 @@ def dagster(folder: Path, environment: dict[str, str], module: str = "toy_defini
 
         wait_for(answers, 120)
         yield served
-
-
-def wait_for(happens: Callable[[], Any], seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := happens()):
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.1)
-    return found
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

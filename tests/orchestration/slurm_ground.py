@@ -7,8 +7,9 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
+
+from waiting import wait_for
 
 
 def slurm(*argv: str) -> str:
@@ -23,15 +24,6 @@ def jobs() -> list[str]:
 def running() -> list[str]:
     """Ids of the tasks that run."""
     return slurm("squeue", "-h", "--me", "-t", "RUNNING", "-o", "%A").split()
-
-
-def wait_for(happens: Callable[[], object], seconds: float = 120) -> float:
-    """How long it took."""
-    started = time.monotonic()
-    while not happens():
-        assert time.monotonic() - started < seconds, "it did not happen"
-        time.sleep(0.05)
-    return time.monotonic() - started
 
 
 def take_away(how: str, job: str) -> None:

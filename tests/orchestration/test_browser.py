@@ -5,9 +5,10 @@ import time
 
 import dagster as dg
 import pytest
-from served import Dagster, browser_page, dagster, needs_browser, toys, wait_for, write_profile
+from served import Dagster, browser_page, dagster, needs_browser, toys, write_profile
 from test_jobs_end_to_end import is_running
 from toy_ground import Ground
+from waiting import wait_for
 
 pytestmark = [pytest.mark.services, needs_browser]
 

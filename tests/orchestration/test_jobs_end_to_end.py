@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import dagster as dg
 import pytest
 from toy_ground import Ground
+from waiting import wait_for
 
 from m2m.stages import STAGES
 from orchestration.definitions import defs
@@ -34,14 +34,6 @@ def execute(ground, job: str, **config) -> subprocess.Popen[bytes]:
 
 def manifests(ground) -> dict[str, bytes]:
     return {str(p.relative_to(ground.outputs)): p.read_bytes() for p in ground.outputs.rglob("manifest.json")}
-
-
-def wait_for(happens, seconds: float = 120):
-    deadline = time.monotonic() + seconds
-    while not (found := happens()):
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
-    return found
 
 
 def is_running(pid: int) -> bool:

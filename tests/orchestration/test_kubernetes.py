@@ -19,8 +19,8 @@ pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not in
 from beside import beside
 from kubernetes_cluster import IMAGE, NAMESPACE, Cluster, Refusal
 from kubernetes_server import kubernetes
-from test_jobs_end_to_end import wait_for
 from test_outcome import checks, failure
+from waiting import wait_for
 
 from m2m.config import load_profile
 from orchestration.definitions import build_defs

@@ -12,8 +12,9 @@ import dagster as dg
 import pytest
 import yaml
 from own_services import where
-from served import dagster, wait_for
+from served import dagster
 from toy_ground import ROOT
+from waiting import wait_for
 
 URL = where("postgres")
 

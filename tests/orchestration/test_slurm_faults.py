@@ -16,10 +16,11 @@ from pathlib import Path
 import dagster as dg
 import pytest
 from served import toys
-from slurm_ground import at_its_limit, jobs, kill_daemon, remembered, slurm, start_daemon, take_away, wait_for
+from slurm_ground import at_its_limit, jobs, kill_daemon, remembered, slurm, start_daemon, take_away
 from slurm_runs import instance, job_of, materialize_on_slurm, retries, started, toy, why
 from toy_ground import Ground
 from toy_work import CHECKPOINT_EVERY, GATE, GATED_SHARD
+from waiting import wait_for
 
 from m2m.artifacts import write_bytes
 from m2m.stages import STAGES, Stage
