@@ -38,10 +38,11 @@ def _row(rows: Sequence[Row]) -> Row:
             continue
         if all(value == values[0] for value in values):
             result[name] = values[0]
-        elif all(isinstance(value, int | float) for value in values):
-            result[name], result[f"{name} ±"] = mean(values), stdev(values)
-        else:
+            continue
+        numbers = [float(value) for value in values if isinstance(value, int | float)]
+        if len(numbers) < len(values):
             raise InputError(f"seeds' tables differ in {name!r}: {', '.join(map(str, values))}; evaluate all alike")
+        result[name], result[f"{name} ±"] = mean(numbers), stdev(numbers)
     return result
 
 

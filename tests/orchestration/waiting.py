@@ -2,12 +2,10 @@
 
 import time
 from collections.abc import Callable
-from typing import TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 
-def wait_for(happens: Callable[[], T], seconds: float = 120) -> T:
+def wait_for(happens: Callable[[], Any], seconds: float = 120) -> Any:
     """What it gives, as soon as that is true."""
     deadline = time.monotonic() + seconds
     while not (found := happens()):
