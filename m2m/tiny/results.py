@@ -55,11 +55,10 @@ def rebuild(page: Path, outputs: Sequence[Path], weights: Path) -> list[str]:
         The places for which there is nothing in the outputs.
 
     Raises:
-        InputError: a place of a kind that there is not, or one without its end; nothing is kept and nothing given.
+        InputError: a place of a kind that there is not, or one without its end (then nothing is kept); the seeds'
+            evaluations are not alike. The page stays as it is.
     """
     text, missing = page.read_text("utf-8"), []
-    shown = {place["what"] for place in _PLACE.finditer(text) if place["kind"] == "picture"}
-    outputs = _keep(outputs, page.parent / _KEPT, shown)
     kinds: dict[str, Callable[[str], str]] = {
         "table": lambda what: _table(outputs, what),
         "curve": lambda what: _curve(outputs, what, page.parent),
@@ -68,20 +67,23 @@ def rebuild(page: Path, outputs: Sequence[Path], weights: Path) -> list[str]:
         "time": lambda _: markdown(_times(outputs[0]), ("stage", "seconds", "started")),
         "reached": lambda _: markdown(reached(outputs, weights)),
     }
+    places = list(_PLACE.finditer(text))
+    for place in places:
+        if place["kind"] not in kinds:
+            raise InputError(f"{page}: a place of kind {place['kind']!r}; there are: {', '.join(kinds)}")
+    if len(_MARK.findall(text)) != 2 * len(places):
+        raise InputError(f"{page}: a place has no kind or no end")
+    shown = {place["what"] for place in places if place["kind"] == "picture"}
+    outputs = _keep(outputs, page.parent / _KEPT, shown)
 
     def filled(place: re.Match[str]) -> str:
         kind, what = place["kind"], place["what"]
-        if kind not in kinds:
-            raise InputError(f"{page}: a place of kind {kind!r}; there are: {', '.join(kinds)}")
         content = kinds[kind](what)
         if not content:
             missing.append(f"{kind} {what}".strip())
         return f"<!-- {kind} {what} -->".replace("  ", " ") + f"\n{content or _NOT_YET}\n<!-- end -->"
 
-    found = _PLACE.sub(filled, text)
-    if len(_MARK.findall(text)) != 2 * len(_PLACE.findall(text)):
-        raise InputError(f"{page}: a place has no kind or no end")
-    page.write_text(found, "utf-8")
+    page.write_text(_PLACE.sub(filled, text), "utf-8")
     return missing
 
 

@@ -109,6 +109,7 @@ def test_a_place_that_is_none_is_refused(outputs, tmp_path, place):
     (tmp_path / "page.md").write_text(place)
     with pytest.raises(InputError, match=r"kind 'tabel'|no kind or no end"):
         rebuild(tmp_path / "page.md", outputs, WEIGHTS)
+    assert not (tmp_path / "outputs").exists() and (tmp_path / "page.md").read_text() == place
 
 
 def test_a_claim_has_its_mean_and_spread_over_seeds_and_holds_by_its_mean(outputs):
