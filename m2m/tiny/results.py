@@ -55,9 +55,12 @@ def rebuild(page: Path, outputs: Sequence[Path], weights: Path) -> list[str]:
         The places for which there is nothing in the outputs.
 
     Raises:
-        InputError: a place of a kind that there is not, or one without its end (then nothing is kept); the seeds'
-            evaluations are not alike. The page stays as it is.
+        InputError: no such page or folder, a place of a kind that there is not, or one without its end (then nothing
+            is kept); the seeds' evaluations are not alike. The page stays as it is.
     """
+    for path in (page, *outputs):
+        if not path.exists():
+            raise InputError(f"{path}: no such file or folder")
     text, missing = page.read_text("utf-8"), []
     kinds: dict[str, Callable[[str], str]] = {
         "table": lambda what: _table(outputs, what),

@@ -132,3 +132,11 @@ def test_a_table_shows_errors_behind_their_values():
     rows = [{"a": 1, "b": 0.5, "b ±": 0.125}, {"a": 2, "b": None, "b ±": None}]
     assert markdown(rows).splitlines()[2:] == ["| 1 | 0.500 ± 0.125 |", "| 2 | – |"]
     assert markdown([]) == ""
+
+
+def test_a_page_or_outputs_that_are_not_there_are_named(outputs, tmp_path):
+    (tmp_path / "page.md").write_text(PAGE)
+    with pytest.raises(InputError, match=r"missing\.md: no such file"):
+        rebuild(tmp_path / "missing.md", outputs, WEIGHTS)
+    with pytest.raises(InputError, match="nowhere: no such file or folder"):
+        rebuild(tmp_path / "page.md", [tmp_path / "nowhere"], WEIGHTS)
