@@ -76,20 +76,22 @@ def render(triangles: NDArray, colours: NDArray, camera: NDArray, size: int = 64
     bright = 0.4 + 0.6 * np.clip(normals @ (_LIGHT / np.linalg.norm(_LIGHT)), 0, 1)
     depth = np.full((wide, wide), -np.inf)
     picture = np.zeros((wide, wide, 4))
-    y, x = np.mgrid[:wide, :wide] + 0.5
+    pixels = [centres + 0.5 for centres in np.ogrid[:wide, :wide]]
     for place in range(len(triangles)):
         (x0, x1, x2), (y0, y1, y2) = column[place], row[place]
         area = (x1 - x0) * (y2 - y0) - (x2 - x0) * (y1 - y0)
         if area >= 0:  # seen from behind (or edge-on): rows count downwards, so the front is the negative side
             continue
+        box = tuple(slice(max(0, int(min(ends))), max(0, int(max(ends)) + 1)) for ends in (row[place], column[place]))
+        y, x = pixels[0][box[0]], pixels[1][:, box[1]]
         first = ((x1 - x) * (y2 - y) - (x2 - x) * (y1 - y)) / area
         second = ((x2 - x) * (y0 - y) - (x0 - x) * (y2 - y)) / area
         third = 1 - first - second
         # 1/z, not z, is linear across the screen; it falls without bound as points come nearer.
         near = -(first / points[place, 0, 2] + second / points[place, 1, 2] + third / points[place, 2, 2])
-        seen = (first >= 0) & (second >= 0) & (third >= 0) & (near > depth)
-        depth[seen] = near[seen]
-        picture[seen] = [*(colours[place] * bright[place]), 1.0]
+        seen = (first >= 0) & (second >= 0) & (third >= 0) & (near > depth[box])
+        depth[box][seen] = near[seen]
+        picture[box][seen] = [*(colours[place] * bright[place]), 1.0]
     parts = picture.reshape(size, 2, size, 2, 4).mean(axis=(1, 3))
     parts[..., :3] /= np.maximum(parts[..., 3:], 1e-6)  # colours are not darkened where alpha is partial
     return np.rint(parts * 255).astype(np.uint8)
