@@ -106,8 +106,15 @@ def team() -> Iterator[Team]:
     torch.distributed.init_process_group(backend, timeout=_PATIENCE)
     if torch.cuda.is_available():  # each its own GPU, where there are as many
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
-    yield Team()
-    torch.distributed.destroy_process_group()  # not after an error: the others may never come
+    failed = True
+    try:
+        yield Team()
+        failed = False
+    finally:
+        # left to the interpreter's end, gloo's threads now and then abort the process, and its exit code is lost;
+        # NCCL would wait for others, who after an error may never come
+        if not failed or not torch.cuda.is_available():
+            torch.distributed.destroy_process_group()
 
 
 def _broadcast(word: Any) -> Any:

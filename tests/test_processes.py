@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from m2m import processes
 
@@ -14,14 +15,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def together(tmp_path: Path, *argv: str) -> list[subprocess.CompletedProcess]:
-    """`python -m m2m ...` in two processes, as a launcher starts them."""
+    """`python ...` in two processes, as a launcher starts them."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "M2M_OUTPUTS": str(tmp_path)}
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "m2m", *argv],
+            [sys.executable, *argv],
             cwd=ROOT,
             env=os.environ | shared | {"RANK": rank, "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
@@ -34,9 +35,9 @@ def together(tmp_path: Path, *argv: str) -> list[subprocess.CompletedProcess]:
 
 
 def test_what_is_current_is_left_alone_by_all_and_errors_reach_all(tmp_path):
-    argv = ("filter-captions", "--config", "tiny")
+    argv = ("-m", "m2m", "filter-captions", "--config", "tiny")
     environment = os.environ | {"M2M_OUTPUTS": str(tmp_path)}
-    subprocess.run([sys.executable, "-m", "m2m", *argv], cwd=ROOT, env=environment, check=True, capture_output=True)
+    subprocess.run([sys.executable, *argv], cwd=ROOT, env=environment, check=True, capture_output=True)
     first, second = together(tmp_path, *argv)
     assert (first.returncode, second.returncode) == (0, 0)
     assert "nothing to do" in first.stderr and "nothing to do" not in second.stderr
@@ -44,6 +45,23 @@ def test_what_is_current_is_left_alone_by_all_and_errors_reach_all(tmp_path):
     assert (first.returncode, second.returncode) == (2, 2)
     assert "error: filter-captions is made by one process; 2 were started together" in first.stderr
     assert "error: the leading process has stopped: filter-captions is made by one process" in second.stderr
+
+
+_FAILS_IN_A_TEAM = """
+import sys, torch
+from m2m import processes
+try:
+    with processes.team():
+        raise KeyError
+except KeyError:
+    sys.exit(f"connected: {torch.distributed.is_initialized()}")
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="NCCL is not asked to part after an error")
+def test_an_error_disconnects(tmp_path):
+    for process in together(tmp_path, "-c", _FAILS_IN_A_TEAM):
+        assert process.returncode == 1 and process.stderr.endswith("connected: False\n")
 
 
 def test_one_process_is_no_team(monkeypatch):
