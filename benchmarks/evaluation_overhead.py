@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.drawn_sets import draw_sets, shipped
 from m2m.arguments import open_profile
 from m2m.evaluation.encoders import ClassifierBackbone, Clip
-from m2m.evaluation.protocol import Sampler
+from m2m.evaluation.sampler import Sampler
 from m2m.evaluation.table import evaluate_table_1
 from m2m.models.unet import VARIANTS
 from m2m.pipelines.many_to_many import ManyToManyPipeline

@@ -20,15 +20,9 @@ from m2m.evaluation.grids import write_grid
 from m2m.evaluation.measures import cosine, gram, rmse, style_distance
 from m2m.evaluation.noises import over_noises
 from m2m.evaluation.per_set import PerSet
-from m2m.evaluation.protocol import (
-    BothModels,
-    Sampler,
-    SetPictures,
-    conclude,
-    each_picture,
-    in_batches,
-    samplers,
-)
+from m2m.evaluation.protocol import BothModels, conclude, each_picture, in_batches
+from m2m.evaluation.sampler import Sampler, samplers
+from m2m.evaluation.set_pictures import SetPictures
 from m2m.stage_run import StageRun
 from m2m.tiny.world import ATTRIBUTES, read_caption
 

@@ -22,7 +22,8 @@ from m2m.evaluation.grids import write_grid
 from m2m.evaluation.noises import over_noises
 from m2m.evaluation.per_set import PerSet
 from m2m.evaluation.planted_views import prove_views
-from m2m.evaluation.protocol import EvaluationConfig, Sampler, conclude, in_batches
+from m2m.evaluation.protocol import EvaluationConfig, conclude, in_batches
+from m2m.evaluation.sampler import Sampler
 from m2m.evaluation.views import AMONG, TITLES, ViewMeasures, better, view_angles
 from m2m.stage_run import StageRun
 

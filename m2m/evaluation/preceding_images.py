@@ -26,16 +26,9 @@ from m2m.evaluation.noises import over_noises
 from m2m.evaluation.per_set import PerSet
 from m2m.evaluation.planted import PLANTED, PlantedSampler, WorldSets
 from m2m.evaluation.preceding_curves import KEPT, LIKENESS, LIKENESS_BY_SET, TABLE, VARYING
-from m2m.evaluation.protocol import (
-    BothModels,
-    Continues,
-    Sampler,
-    SetPictures,
-    conclude,
-    each_picture,
-    in_batches,
-    samplers,
-)
+from m2m.evaluation.protocol import BothModels, conclude, each_picture, in_batches
+from m2m.evaluation.sampler import Continues, Sampler, samplers
+from m2m.evaluation.set_pictures import SetPictures
 from m2m.generation.noise import namespaced
 from m2m.stage_run import StageRun
 from m2m.tiny.sketch import Renderer

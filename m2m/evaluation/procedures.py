@@ -19,7 +19,8 @@ from m2m.evaluation.grids import write_grid
 from m2m.evaluation.noises import over_noises
 from m2m.evaluation.per_set import PerSet
 from m2m.evaluation.planted_steps import prove_steps
-from m2m.evaluation.protocol import EvaluationConfig, Sampler, conclude, in_batches
+from m2m.evaluation.protocol import EvaluationConfig, conclude, in_batches
+from m2m.evaluation.sampler import Sampler
 from m2m.evaluation.steps import FOUND, LIKENESS, StepMeasures
 from m2m.generation.noise import keyed_generator, namespaced
 from m2m.stage_run import StageRun

@@ -1,13 +1,14 @@
-"""What all evaluations share: their settings, how sets are continued, how work is kept and how it ends.
+"""What all evaluations share: their settings, how work is kept and how it ends.
 
-Belongs here: sampling with keyed noise, batches that survive a crash, the closing check. Not here: what is measured.
+Belongs here: settings, batches that survive a crash, the closing check. Not here: what is measured, the models that are
+asked (`m2m.evaluation.sampler`).
 """
 
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -18,15 +19,12 @@ from torch.nn import functional as F
 
 from m2m import artifacts, processes
 from m2m.config import Compute, Later, ModelSource, Settings, Source, StageConfig, is_hub_id, resolve, source_digest
-from m2m.data.sets import ImageSets
 from m2m.errors import ArtifactError, InputError
 from m2m.evaluation.encoders import Clip, Dino, Reader
 from m2m.evaluation.per_set import PerSet
-from m2m.generation.noise import keyed_generator, keyed_normal, namespaced, torch_generator
-from m2m.models.autoencoder import decode_latents, encode_images, pixels_per_latent
+from m2m.generation.noise import keyed_generator, namespaced
 from m2m.models.text_to_image import model_folder
-from m2m.models.unet import VARIANTS
-from m2m.pipelines.schedulers import SchedulerName, named_scheduler
+from m2m.pipelines.schedulers import SchedulerName
 from m2m.stage_run import StageRun
 
 METRICS = "metrics.json"
@@ -160,156 +158,6 @@ class BothModels(EvaluationConfig):
     )
 
 
-class Sampler:
-    """One trained model that continues sets of pictures, with noise keyed by (set, image)."""
-
-    def __init__(self, folder: Path, variant: str, config: EvaluationConfig) -> None:
-        from m2m.pipelines.many_to_many import load_pipeline
-
-        self.pipeline = load_pipeline(folder, variant, config.compute)
-        self.pipeline.set_progress_bar_config(disable=True)
-        self.pipeline.scheduler = named_scheduler(config.sampling.scheduler, self.pipeline.scheduler)
-        self._config = config
-        number = f" {config.noise_seed}" if config.noise_seed else ""
-        self._noise = namespaced(config.seed, f"evaluation noise{number}")
-        self._later_noise = namespaced(config.seed, f"evaluation noise{number} between steps")
-        unet = self.pipeline.unet.config
-        size = int(unet.sample_size)
-        self.size = size * pixels_per_latent(self.pipeline.vae)
-        self._latent_shape = (int(unet.in_channels), size, size)
-
-    def continue_sets(
-        self,
-        preceding: Tensor,
-        keys: Sequence[int],
-        num_images: int = 1,
-        *,
-        first_image: int = 0,
-        guidance_scale: float | None = None,
-        **conditions: Any,
-    ) -> Tensor:
-        """Generate the next pictures of sets, each seeing the ones before it.
-
-        Args:
-            preceding: uint8 (B, W, 3, H, W).
-            keys: one number a set: the same key and image number give the same noise in every batch and run.
-            first_image: number of the first generated image in the noise's key.
-            guidance_scale: instead of the settings'.
-            conditions: `condition`, `target_condition`, `condition_guidance_scale` of the pipeline; or its
-                `context_window`, `context_sink`, `context_noise`, instead of the settings'.
-
-        Returns:
-            uint8 (B, num_images, 3, H, W) on the CPU.
-
-        Raises:
-            ArtifactError: the model makes pictures that are not finite.
-        """
-        numbers = range(first_image, first_image + num_images)
-        noise = [
-            torch.stack([keyed_normal(self._noise, key, n, shape=self._latent_shape) for n in numbers]) for key in keys
-        ]
-        sampling = self._config.sampling
-        made = self.pipeline(
-            images=preceding.float() / 255,
-            num_images=num_images,
-            num_inference_steps=sampling.num_inference_steps,
-            guidance_scale=sampling.guidance_scale if guidance_scale is None else guidance_scale,
-            latents=torch.stack(noise),
-            generator=[torch_generator(self._later_noise, key, first_image) for key in keys],
-            output_type="pt",
-            **{"context_window": sampling.context_window, "context_sink": sampling.context_sink, **conditions},
-        ).images
-        return _to_bytes(made)
-
-    @torch.inference_mode()
-    def reconstruct(self, pictures: Tensor) -> Tensor:
-        """Pictures uint8 (..., 3, H, W) through the autoencoder and back: the best that the model could do."""
-        pixels = pictures.reshape(-1, *pictures.shape[-3:]).float() / 255
-        return self.decode(encode_images(self.pipeline.vae, pixels)).reshape(pictures.shape)
-
-    @torch.inference_mode()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (n, C, h, w) -> uint8 pictures (n, 3, H, W)."""
-        return _to_bytes(decode_latents(self.pipeline.vae, latents))
-
-
-def samplers(config: BothModels, run: StageRun) -> Iterable[tuple[str, Sampler]]:
-    """The models, one after the other (each is freed before the next is loaded), by their name in the paper."""
-    for variant, name in VARIANTS.items():
-        if variant in config.models:
-            yield name, Sampler(run.inputs[f"m2m_{variant}"], variant, config)
-
-
-class Continues(Protocol):
-    """What evaluations ask of a model: a trained one's `Sampler`, or a planted one (`m2m.evaluation.planted`)."""
-
-    size: int
-
-    def continue_sets(
-        self, preceding: Tensor, keys: Sequence[int], num_images: int = 1, *, guidance_scale: float | None = None
-    ) -> Tensor: ...
-
-    def reconstruct(self, pictures: Tensor) -> Tensor: ...
-
-
-class SetPictures:
-    """The pictures of generate-sets' test split: the stored ones, or decoded latents where a profile stores none.
-
-    Raises:
-        InputError: they are of another size than the model's pictures.
-    """
-
-    def __init__(self, run: StageRun, decoder: Sampler) -> None:
-        self._sets = ImageSets(run.inputs["sets"], "test")
-        if self._sets.image_size != decoder.size:
-            raise InputError(
-                f"{self._sets.folder}: sets of {self._sets.image_size} pixels; the model makes pictures of "
-                f"{decoder.size}. "
-                "Evaluate a model with sets of the text-to-image model that it was made from"
-            )
-        self._decoder = decoder if self._sets.index.pictures is None else None
-
-    def __len__(self) -> int:
-        return len(self._sets)
-
-    @property
-    def images_per_set(self) -> int:
-        return self._sets.images_per_set
-
-    def caption(self, i: int) -> str:
-        return self._sets.caption(i)
-
-    def key(self, i: int) -> int:
-        """The caption's id: the key of the set's noise."""
-        return self._sets.caption_id(i)
-
-    def pictures(self, i: int, which: Sequence[int]) -> Tensor:
-        """uint8 (len(which), 3, H, W).
-
-        Raises:
-            InputError: sets do not have as many pictures.
-            ArtifactError: a picture is missing or can't be read.
-        """
-        if which and max(which) >= self.images_per_set:
-            raise InputError(
-                f"{self._sets.folder}: sets of {self.images_per_set} images; picture {max(which) + 1} was asked for: "
-                "lower evaluate.preceding, or make larger sets"
-            )
-        if self._decoder is not None:
-            return self._decoder.decode(self._sets.latents(i, which))
-        try:
-            return self._sets.pictures(i, which)
-        except (OSError, KeyError, ValueError) as error:
-            raise ArtifactError(
-                f"{self._sets.folder}: pictures {list(which)} of set {self.key(i)} can't be read ({error}). "
-                "`python -m m2m shards verify` names the damaged shards; generate-sets makes them again"
-            ) from None
-
-    def stack(self, indices: Sequence[int], which: Sequence[int]) -> Tensor:
-        """uint8 (len(indices), len(which), 3, H, W)."""
-        return torch.stack([self.pictures(i, which) for i in indices])
-
-
 def in_batches(
     run: StageRun, name: str, count: int, batch: int, measure: Callable[[range], Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
@@ -387,19 +235,6 @@ def each_picture(look: Callable[[Tensor], Tensor], pictures: Tensor) -> Tensor:
     """Apply what takes (n, 3, H, W) to (B, n, 3, H, W); (B, n, ...). So many at a time that long rollouts fit, too."""
     seen = [look(part) for part in pictures.flatten(0, 1).split(SEEN_TOGETHER)]
     return torch.cat(seen).unflatten(0, pictures.shape[:2])
-
-
-def _to_bytes(pictures: Any) -> Tensor:
-    pictures = torch.as_tensor(pictures).detach()
-    made = torch.empty(pictures.shape, dtype=torch.uint8)
-    # part by part: of a long rollout's pictures no further copies in floats are made
-    for part, kept in zip(pictures.flatten(0, -4).split(SEEN_TOGETHER), made.flatten(0, -4).split(SEEN_TOGETHER)):
-        if not torch.isfinite(part).all():
-            raise ArtifactError(
-                "the model made a picture that is not finite: train it again, or use compute.dtype float32"
-            )
-        kept.copy_((part.float().clamp(0, 1) * 255).round())
-    return made
 
 
 def _read_part(path: Path) -> dict[str, Tensor] | None:

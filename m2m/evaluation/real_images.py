@@ -21,7 +21,8 @@ from m2m.evaluation.grids import write_grid
 from m2m.evaluation.measures import cosine
 from m2m.evaluation.noises import over_noises
 from m2m.evaluation.per_set import Better, PerSet
-from m2m.evaluation.protocol import BothModels, Sampler, conclude, each_picture, in_batches, samplers
+from m2m.evaluation.protocol import BothModels, conclude, each_picture, in_batches
+from m2m.evaluation.sampler import Sampler, samplers
 from m2m.generation.noise import keyed_generator, namespaced
 from m2m.stage_run import StageRun
 

@@ -15,7 +15,8 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from m2m.config import ModelSource
-from m2m.evaluation.protocol import BothModels, Sampler, conclude, samplers
+from m2m.evaluation.protocol import BothModels, conclude
+from m2m.evaluation.sampler import Sampler, samplers
 from m2m.models.text_to_image import as_ddim, load_text_to_image
 from m2m.stage_run import StageRun
 

@@ -22,15 +22,9 @@ from m2m.evaluation.grids import write_grid
 from m2m.evaluation.measures import clip_scores, frechet_distance, inception_score, mean_and_deviation
 from m2m.evaluation.noises import over_noises
 from m2m.evaluation.per_set import Better, Metric, PerSet, jackknife
-from m2m.evaluation.protocol import (
-    BothModels,
-    Sampler,
-    SetPictures,
-    conclude,
-    each_picture,
-    in_batches,
-    samplers,
-)
+from m2m.evaluation.protocol import BothModels, conclude, each_picture, in_batches
+from m2m.evaluation.sampler import Sampler, samplers
+from m2m.evaluation.set_pictures import SetPictures
 from m2m.stage_run import StageRun
 
 PAPER = {

@@ -10,7 +10,7 @@ from m2m.errors import ArtifactError, ConfigError
 from m2m.evaluation import accept
 from m2m.evaluation.gate import gate, regressions
 from m2m.evaluation.per_set import open_per_set
-from m2m.evaluation.protocol import Sampler
+from m2m.evaluation.sampler import Sampler
 from m2m.progress import Progress
 from m2m.stages import STAGES
 

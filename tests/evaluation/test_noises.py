@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from m2m.evaluation.gate import LOOKS, gate, regressions, undecided
 from m2m.evaluation.noises import of_part
 from m2m.evaluation.per_set import PER_SET, open_per_set, read_per_set, write_per_set
-from m2m.evaluation.protocol import Sampler
+from m2m.evaluation.sampler import Sampler
 from m2m.evaluation.sampling_speed import SamplingSpeed
 
 SETTINGS = {"sets": 3, "num_images": 2, "preceding": 2}

@@ -15,7 +15,7 @@ from m2m.errors import ArtifactError, ConfigError, InputError
 from m2m.evaluation import protocol
 from m2m.evaluation.page import cell
 from m2m.evaluation.per_set import PER_SET, read_per_set
-from m2m.evaluation.protocol import Sampler
+from m2m.evaluation.sampler import Sampler
 from m2m.evaluation.table import Table1
 from tests.evaluation.conftest import TEST
 

@@ -19,7 +19,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from m2m import processes
-from m2m.evaluation.protocol import Sampler
+from m2m.evaluation.sampler import Sampler
 from tests.evaluation.conftest import SmallWorld
 
 root, settings, given, out = sys.argv[1:]
