@@ -192,14 +192,21 @@ def load_profile(name_or_path: str | Path | None = None, known: Mapping[str, Seq
 
 
 def identity(config: Settings, root: Path) -> dict[str, Any]:
-    """The settings that can change bytes, sources replaced by the digest of their content."""
+    """The settings that can change bytes, sources replaced by the digest of their content.
+
+    Raises:
+        InputError: a source that is not there.
+    """
     values: dict[str, Any] = {}
     for name, info in type(config).model_fields.items():
         value = getattr(config, name)
         if _marked(info, Incidental) or (_marked(info, Later) and value == info.get_default()):
             continue
         if _marked(info, Source) and value is not None:
-            values[name] = source_digest(value, root)
+            try:
+                values[name] = source_digest(value, root)
+            except InputError as error:
+                raise InputError(f"{name} {error}") from None
         elif isinstance(value, Settings):
             values[name] = identity(value, root)
         else:

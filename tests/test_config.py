@@ -109,5 +109,5 @@ def test_a_folder_is_known_by_its_files(tmp_path):
 
 
 def test_a_source_that_is_not_there_is_an_input_error(tmp_path):
-    with pytest.raises(InputError, match=r"nowhere\.tsv: no such file"):
-        source_digest(Path("nowhere.tsv"), tmp_path)
+    with pytest.raises(InputError, match=r"source nowhere\.tsv: no such file"):
+        identity(Train(source=Path("nowhere.tsv")), tmp_path)
